@@ -1,0 +1,2 @@
+#define STBP_ISA avx2
+#include "kernels_impl.h"

@@ -1,0 +1,2 @@
+#define STBP_ISA avx512
+#include "kernels_impl.h"

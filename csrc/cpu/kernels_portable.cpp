@@ -1,0 +1,2 @@
+#define STBP_ISA portable
+#include "kernels_impl.h"

@@ -1,0 +1,47 @@
+// CUDA's IMPL block.
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/library.h>
+
+#include "../operators.h"
+#include "launch.h"
+
+namespace stbp {
+namespace {
+
+// torch's current stream. Looked up by name: this binary must also load beside a torch without CUDA, and the libraries
+// of a torch with CUDA are not in the scope where the loader would resolve a weak symbol of ours.
+void* current_stream(int device) {
+  using Function = AOTITorchError (*)(int32_t device_index, void** stream);
+  static const Function function = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    void* const symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<Function>(symbol);
+  }();
+  check(function != nullptr, "this torch has no CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return stream;
+}
+
+struct Cuda {
+  static constexpr int kChunk = cuda::kChunk;
+
+  template <class Scalar>
+  static void forward(const LifForward<Scalar>& io, const LifOptions& options, int device) {
+    cuda::launch_forward(io, options, device, current_stream(device));
+  }
+  template <class Scalar>
+  static void backward(const LifBackward<Scalar>& io, const LifOptions& options, int device) {
+    cuda::launch_backward(io, options, device, current_stream(device));
+  }
+  static void fresh(void*, size_t) {}
+};
+
+}  // namespace
+}  // namespace stbp
+
+STABLE_TORCH_LIBRARY_IMPL(stbp_cuda, CUDA, m) {
+  m.impl("lif_forward", TORCH_BOX(&stbp::lif_forward<stbp::Cuda>));
+  m.impl("lif_backward", TORCH_BOX(&stbp::lif_backward<stbp::Cuda>));
+}

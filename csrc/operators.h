@@ -1,0 +1,159 @@
+// The operators, from tensors to a device's kernels: what the IMPL blocks of all devices share.
+//
+// Device gives kChunk, the K of "one state every K steps"; forward(io, options, device_index) and backward(...), which
+// run the kernels; and fresh(pointer, bytes), told of every new output.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "checks.h"
+#include "lif.h"
+#include "surrogate.h"
+
+namespace stbp {
+
+template <template <class> class... Surrogate>
+int surrogate_place(SurrogateList<Surrogate...>, const std::string& name) {
+  int place = 0;
+  int found = -1;
+  ((found = name == Surrogate<double>::kName ? place : found, ++place), ...);
+  if (found < 0) {
+    std::ostringstream known;
+    ((known << ' ' << Surrogate<double>::kName), ...);
+    check(false, "surrogate must be one of", known.str(), ", got ", name);
+  }
+  return found;
+}
+
+template <class Run>
+void visit_scalar(ScalarType type, const Run& run) {
+  switch (type) {
+    case ScalarType::Float:
+      return run(float());
+    case ScalarType::Double:
+      return run(double());
+    case ScalarType::Half:
+      return run(Half());
+    case ScalarType::BFloat16:
+      return run(BFloat16());
+    default:
+      check(false, "x must be float64, float32, float16 or bfloat16");
+  }
+}
+
+inline LifOptions make_options(const Tensor& x, double decay, double v_threshold, double v_reset, bool soft_reset,
+                               bool detach_reset, bool strict_threshold, bool smooth, const std::string& surrogate,
+                               double width) {
+  check(!smooth || x.scalar_type() == ScalarType::Double, "the smooth spike needs x in float64");
+  check(width > 0, "width must be positive, got ", width);
+  return {decay,  v_threshold, v_reset, soft_reset, detach_reset, strict_threshold,
+          smooth, surrogate_place(Surrogates{}, surrogate), width};
+}
+
+template <class Device>
+Tensor new_output(const std::vector<int64_t>& sizes, const Layout& layout, ScalarType type, const Tensor& x) {
+  Tensor output = empty_with(sizes, layout.strides, type, x);
+  Device::fresh(output.mutable_data_ptr(), size_t(output.numel()) * output.element_size());
+  return output;
+}
+
+// Stands for an output that was not asked for.
+inline Tensor no_output(ScalarType type, const Tensor& x) { return empty_with({0}, {1}, type, x); }
+
+template <class T>
+const T* input_pointer(const std::optional<Tensor>& tensor) {
+  return tensor && tensor->numel() > 0 ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+template <class T>
+T* output_pointer(const Tensor& tensor) {
+  return tensor.numel() > 0 ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+// -> spikes; the final potential; the state after every kChunk-th step but the last. The last two only if asked for.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> lif_forward(const Tensor& x, const std::optional<Tensor>& initial_potential,
+                                               int64_t steps, double decay, double v_threshold, double v_reset,
+                                               bool soft_reset, bool detach_reset, bool strict_threshold, bool smooth,
+                                               std::string surrogate, double width, bool return_potential,
+                                               bool save_states) {
+  const LifOptions options = make_options(x, decay, v_threshold, v_reset, soft_reset, detach_reset, strict_threshold,
+                                          smooth, surrogate, width);
+  const Layout layout(x, steps);
+  const ScalarType state = state_type(x.scalar_type());
+  const Tensor input = layout.input_fits ? x : with_strides(x, layout.strides);
+  std::optional<Tensor> initial;
+  if (initial_potential)
+    initial = matching("initial_potential", *initial_potential, layout.sizes_for(1), state, layout, x);
+
+  const int64_t saved = save_states ? (steps - 1) / Device::kChunk : 0;
+  const Tensor spikes = new_output<Device>(layout.sizes, layout, x.scalar_type(), x);
+  const Tensor final_potential =
+      return_potential ? new_output<Device>(layout.sizes_for(1), layout, state, x) : no_output(state, x);
+  const Tensor states = saved ? new_output<Device>(layout.sizes_for(saved), layout, state, x) : no_output(state, x);
+
+  if (layout.neurons > 0) {
+    visit_scalar(x.scalar_type(), [&](auto type) {
+      using Scalar = decltype(type);
+      using State = state_t<Scalar>;
+      const LifForward<Scalar> io{layout.steps,
+                                  layout.neurons,
+                                  input_pointer<Scalar>(input),
+                                  input_pointer<State>(initial),
+                                  output_pointer<Scalar>(spikes),
+                                  output_pointer<State>(final_potential),
+                                  output_pointer<State>(states)};
+      Device::forward(io, options, x.get_device_index());
+    });
+  }
+  return {spikes, final_potential, states};
+}
+
+// -> dL/dx; dL/d(initial potential) if asked for.
+template <class Device>
+std::tuple<Tensor, Tensor> lif_backward(const Tensor& grad_spikes, const std::optional<Tensor>& grad_final,
+                                        const Tensor& x, const std::optional<Tensor>& initial_potential,
+                                        const Tensor& states, int64_t steps, double decay, double v_threshold,
+                                        double v_reset, bool soft_reset, bool detach_reset, bool strict_threshold,
+                                        bool smooth, std::string surrogate, double width, bool return_grad_initial) {
+  const LifOptions options = make_options(x, decay, v_threshold, v_reset, soft_reset, detach_reset, strict_threshold,
+                                          smooth, surrogate, width);
+  const Layout layout(x, steps);
+  const ScalarType state = state_type(x.scalar_type());
+  const Tensor input = layout.input_fits ? x : with_strides(x, layout.strides);
+  const Tensor grad = matching("grad_spikes", grad_spikes, layout.sizes, x.scalar_type(), layout, x);
+  std::optional<Tensor> initial, grad_last, kept;
+  if (initial_potential)
+    initial = matching("initial_potential", *initial_potential, layout.sizes_for(1), state, layout, x);
+  if (grad_final) grad_last = matching("grad_final", *grad_final, layout.sizes_for(1), state, layout, x);
+  const int64_t saved = (steps - 1) / Device::kChunk;
+  if (saved) kept = matching("states", states, layout.sizes_for(saved), state, layout, x);
+
+  const Tensor grad_x = new_output<Device>(layout.sizes, layout, x.scalar_type(), x);
+  const Tensor grad_initial =
+      return_grad_initial ? new_output<Device>(layout.sizes_for(1), layout, state, x) : no_output(state, x);
+
+  if (layout.neurons > 0) {
+    visit_scalar(x.scalar_type(), [&](auto type) {
+      using Scalar = decltype(type);
+      using State = state_t<Scalar>;
+      const LifBackward<Scalar> io{layout.steps,
+                                   layout.neurons,
+                                   input_pointer<Scalar>(input),
+                                   input_pointer<State>(initial),
+                                   input_pointer<State>(kept),
+                                   input_pointer<Scalar>(grad),
+                                   input_pointer<State>(grad_last),
+                                   output_pointer<Scalar>(grad_x),
+                                   output_pointer<State>(grad_initial)};
+      Device::backward(io, options, x.get_device_index());
+    });
+  }
+  return {grad_x, grad_initial};
+}
+
+}  // namespace stbp

@@ -1,0 +1,50 @@
+// The extension module: every operator's schema, and build_info().
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/version.h>
+
+#include "build_info.h"
+
+STABLE_TORCH_LIBRARY(stbp_cuda, m) {
+  m.def(
+      "lif_forward(Tensor x, Tensor? initial_potential, int steps, float decay, float v_threshold, float v_reset, "
+      "bool soft_reset, bool detach_reset, bool strict_threshold, bool smooth, str surrogate, float width, "
+      "bool return_potential, bool save_states) -> (Tensor spikes, Tensor final_potential, Tensor states)");
+  m.def(
+      "lif_backward(Tensor grad_spikes, Tensor? grad_final, Tensor x, Tensor? initial_potential, Tensor states, "
+      "int steps, float decay, float v_threshold, float v_reset, bool soft_reset, bool detach_reset, "
+      "bool strict_threshold, bool smooth, str surrogate, float width, bool return_grad_initial) "
+      "-> (Tensor grad_x, Tensor grad_initial)");
+}
+
+namespace {
+
+// pybind11 has no limited API, and one binary is to serve every Python: hence a plain C function.
+PyObject* build_info(PyObject*, PyObject*) {
+#if defined(STBP_CUDA)
+  const char* const cuda_compiler = STBP_CUDA_COMPILER;
+  const char* const cuda_architectures = STBP_CUDA_ARCHITECTURES;
+  const int cuda_chunk = stbp::cuda_chunk();
+#else
+  const char* const cuda_compiler = nullptr;
+  const char* const cuda_architectures = "";
+  const int cuda_chunk = 0;
+#endif
+  return Py_BuildValue("{s:s, s:s, s:s, s:i, s:z, s:s, s:i}", "torch_headers", TORCH_VERSION, "cxx_compiler", __VERSION__,
+                       "cpu_instruction_set", stbp::cpu_instruction_set(), "cpu_chunk", stbp::cpu_chunk(),
+                       "cuda_compiler", cuda_compiler, "cuda_architectures", cuda_architectures, "cuda_chunk",
+                       cuda_chunk);
+}
+
+PyMethodDef methods[] = {
+    {"build_info", build_info, METH_NOARGS, "How this extension was built and what it chose on this machine."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

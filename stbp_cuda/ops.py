@@ -1,0 +1,162 @@
+"""The compiled operators, and what the stable ABI cannot give them: fake kernels and autograd.
+
+``torch.ops.stbp_cuda.lif_forward`` and ``lif_backward`` are defined in ``csrc/ops.cpp``, with one implementation per
+device. Here they learn the shapes of their outputs (for ``torch.compile`` and ``torch.export``) and their gradients.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+__all__ = ["FusedLIF", "build_info", "chunk", "fused_backend_problem", "fused_lif", "state_dtype"]
+
+lif_forward = torch.ops.stbp_cuda.lif_forward.default
+lif_backward = torch.ops.stbp_cuda.lif_backward.default
+
+_INFO: dict[str, Any] = _C.build_info()
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of potentials for input of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def chunk(device_type: str) -> int:
+    """K of "one state is kept for backward every K steps" on a device."""
+    value = _INFO[f"{'cuda' if device_type == 'cuda' else 'cpu'}_chunk"]
+    return int(value)
+
+
+def fused_backend_problem(device: torch.device) -> str | None:
+    """Why no fused kernel can run on a device, or None if one can."""
+    if device.type in ("cpu", "meta"):
+        return None
+    if device.type != "cuda":
+        return f"there are no fused kernels for device type {device.type!r}, only for cpu and cuda"
+    built = _INFO["cuda_architectures"]
+    if not built:
+        return "this build of stbp_cuda has no CUDA kernels (nvcc was not found when it was installed)"
+    capability = torch.cuda.get_device_capability(device)
+    if any(_runs_on(name, capability) for name in built.split()):
+        return None
+    return (
+        f"this build of stbp_cuda has CUDA kernels for {built}, "
+        f"and the device is of compute capability {capability[0]}.{capability[1]}"
+    )
+
+
+def _runs_on(name: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture such as "8.0", "9.0a" or "12.1+PTX" runs on a device."""
+    major, minor = name.removesuffix("+PTX").split(".")
+    if minor.endswith("a"):
+        return capability == (int(major), int(minor[:-1]))
+    built = (int(major), int(minor.removesuffix("f")))
+    return built <= capability and (name.endswith("+PTX") or built[0] == capability[0])
+
+
+def build_info() -> dict[str, Any]:
+    """How the extension was built, and what it uses on this machine.
+
+    Returns:
+        Versions (``stbp_cuda``, ``python``, ``torch``, ``torch_headers``, ``cxx_compiler``, ``cuda_compiler``: None
+        without CUDA kernels); ``cuda_architectures``, as a string such as "7.5 9.0+PTX"; ``cpu_instruction_set``, the
+        one chosen on this machine; ``cpu_chunk`` and ``cuda_chunk``, the K of "one state is kept every K steps"; and
+        ``backends``: for each device here, what a tensor on it would use.
+    """
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    problems = {str(device): fused_backend_problem(device) for device in devices}
+    return {
+        "stbp_cuda": importlib.metadata.version("stbp_cuda"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **_INFO,
+        "backends": {device: f"reference ({why})" if why else "fused" for device, why in problems.items()},
+    }
+
+
+def _is_dense_and_time_major(x: Tensor, steps: int) -> bool:
+    order = sorted((d for d in range(x.dim()) if x.size(d) != 1), key=x.stride)
+    expected = 1
+    for d in order:
+        if x.stride(d) != expected:
+            return False
+        expected = expected * x.size(d)
+    return steps == 1 or not order or order[-1] == 0
+
+
+def _empty(x: Tensor, steps: int, count: int | None, dtype: torch.dtype) -> Tensor:
+    """An empty tensor with ``count`` entries where ``x`` has ``steps`` (None: as many), in the memory order of ``x``."""
+    dense = x if x.numel() == 0 or _is_dense_and_time_major(x, steps) else x.contiguous()
+    size = [x.size(0) if count is None else x.size(0) // steps * count, *x.shape[1:]]
+    return x.new_empty_strided(size, dense.stride(), dtype=dtype)
+
+
+@torch.library.register_fake("stbp_cuda::lif_forward")
+def _(
+    x: Tensor, initial_potential: Tensor | None, steps: int, *options: Any, **named: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return_potential, save_states = options[-2:]
+    state = state_dtype(x.dtype)
+    saved = (steps - 1) // chunk(x.device.type) if save_states else 0
+    return (
+        _empty(x, steps, None, x.dtype),
+        _empty(x, steps, 1, state) if return_potential else x.new_empty(0, dtype=state),
+        _empty(x, steps, saved, state) if saved else x.new_empty(0, dtype=state),
+    )
+
+
+@torch.library.register_fake("stbp_cuda::lif_backward")
+def _(
+    grad_spikes: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    initial_potential: Tensor | None,
+    states: Tensor,
+    steps: int,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    state = state_dtype(x.dtype)
+    return (
+        _empty(x, steps, None, x.dtype),
+        _empty(x, steps, 1, state) if options[-1] else x.new_empty(0, dtype=state),
+    )
+
+
+class FusedLIF(torch.autograd.Function):
+    """The fused forward and backward passes as one differentiable function.
+
+    ``torch.library.register_autograd`` would do the same for 60 us more on every call.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, initial_potential: Tensor | None, steps: int, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Args: those of the operator up to ``return_potential``. Returns the spikes and the final potential."""
+        spikes, final_potential, states = lif_forward(x, initial_potential, steps, *options, True)
+        ctx.save_for_backward(x, initial_potential, states)
+        ctx.steps, ctx.options, ctx.returned_potential = steps, options[:-1], options[-1]
+        ctx.set_materialize_grads(False)
+        return spikes, final_potential
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Returns dL/dx and dL/d(initial potential)."""
+        x, initial_potential, states = ctx.saved_tensors
+        if grad_spikes is None:
+            grad_spikes = torch.zeros_like(x)
+        if not ctx.returned_potential:
+            grad_final = None  # torch.compile hands a gradient even for the empty tensor in its place
+        wants_initial = ctx.needs_input_grad[1]
+        grad_x, grad_initial = lif_backward(
+            grad_spikes, grad_final, x, initial_potential, states, ctx.steps, *ctx.options, wants_initial
+        )
+        return grad_x, grad_initial if wants_initial else None, *(None,) * (2 + len(ctx.options))
