@@ -119,9 +119,10 @@ class NinjaBuildExt(build_ext):
             f"nvcc_flags = {NVCC_FLAGS} {gencode_flags(names)}",
             # nvcc links its own runtime statically; the hidden copy cannot clash with torch's.
             f"link = {f'{nvcc} -cudart static' if nvcc else '$cxx'}",
+            f"link_flags = -shared -Xlinker --exclude-libs=ALL -L{torch_root / 'lib'} -ltorch_cpu",
             "rule cxx\n  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             "rule nvcc\n  command = $nvcc $nvcc_flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            f"rule link\n  command = $link -shared -Xlinker --exclude-libs=ALL $in -o $out -L{torch_root / 'lib'} -ltorch_cpu",
+            "rule link\n  command = $link $in -o $out $link_flags",
         ]
         objects = []
         for source in map(Path, ext.sources):

@@ -61,8 +61,8 @@ struct Layout {
   Layout(const Tensor& x, int64_t steps_) : sizes(sizes_of(x)), strides(strides_of(x)), steps(steps_) {
     check(!sizes.empty(), "x must have a time dimension, got a scalar");
     check(steps >= 1, "steps must be at least 1, got ", steps);
-    check(sizes[0] > 0 && sizes[0] % steps == 0, "the first dimension of x must be a positive multiple of steps = ", steps,
-          ", got x of shape ", shape_string(sizes));
+    check(sizes[0] % steps == 0, "the first dimension of x must be a multiple of steps = ", steps, ", got x of shape ",
+          shape_string(sizes));
     neurons = x.numel() / steps;
     input_fits = is_dense_and_time_major();
     if (!input_fits) make_contiguous();

@@ -13,12 +13,12 @@ STBP_FN float magnitude(float s) { return fabsf(s); }
 STBP_FN double magnitude(double s) { return fabs(s); }
 
 // e^x for x <= 0, without branches or calls on the CPU so that loops over it vectorise; within 1e-7 of the true value,
-// and never below e^-87, the last power whose scale is a normal float.
+// or half a unit of the subnormal numbers at the end of the range.
 STBP_FN float exp_of_negative(float x) {
 #if defined(__CUDA_ARCH__)
   return expf(x);
 #else
-  x = x < -87.0f ? -87.0f : x;                          // keeps NaN
+  x = x < -104.0f ? -104.0f : x;                        // where e^x rounds to 0; keeps NaN
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the nearest integer ends in the low bits
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts: the first product is exact
@@ -29,8 +29,8 @@ STBP_FN float exp_of_negative(float x) {
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = (p * r) * r + r;
-  const float scale = float_from((bits_of(shifted) << 23) + 0x3f800000u);  // 2^n
-  return p * scale + scale;
+  const float scale = float_from((bits_of(shifted) << 23) + 0x5f800000u);  // 2^(n + 64), always a normal number
+  return (p * scale + scale) * 0x1p-64f;
 #endif
 }
 STBP_FN double exp_of_negative(double x) { return exp(x); }
@@ -102,7 +102,7 @@ struct Atan {
   explicit Atan(double width) : height(State(1 / width)), scale(State(3.14159265358979323846 / width)) {}
   STBP_FN State derivative(State s) const {
     const State scaled = s * scale;
-    return height / (State(1) + scaled * scaled);
+    return height * (State(1) / (State(1) + scaled * scaled));
   }
   STBP_FN State antiderivative(State s) const {
     return State(0.5) + atan(s * scale) * State(1 / 3.14159265358979323846);
@@ -112,16 +112,15 @@ struct Atan {
 template <class State>
 struct FastSigmoid {
   static constexpr const char* kName = "fast_sigmoid";
-  State height, scale;
+  State height, scale, half_width;
 
-  explicit FastSigmoid(double width) : height(State(1 / width)), scale(State(2 / width)) {}
+  explicit FastSigmoid(double width) : height(State(1 / width)), scale(State(2 / width)), half_width(State(width / 2)) {}
   STBP_FN State derivative(State s) const {
     const State sum = State(1) + magnitude(s) * scale;
-    return height / (sum * sum);
+    return height * (State(1) / (sum * sum));
   }
   STBP_FN State antiderivative(State s) const {
-    const State scaled = s * scale;
-    return State(0.5) + State(0.5) * (scaled / (State(1) + magnitude(scaled)));
+    return State(0.5) + State(0.5) * (s / (half_width + magnitude(s)));
   }
 };
 

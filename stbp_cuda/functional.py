@@ -27,7 +27,7 @@ _warned: set[str] = set()
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # as math.isfinite, which torch.compile cannot trace
         raise ValueError(f"{name} must be finite, got {value}")
 
 
@@ -70,9 +70,9 @@ def _check_input(x: Tensor, steps: int | None) -> int:
     if x.dim() == 0:
         raise ValueError("x must have a time dimension, [T, ...] or with steps=T [T*B, ...], got a tensor of shape ()")
     entries = x.shape[0]
-    if entries == 0:
-        raise ValueError(f"x must have at least one time step in its first dimension, got shape {tuple(x.shape)}")
     if steps is None:
+        if entries == 0:
+            raise ValueError(f"x must have at least one time step in its first dimension, got shape {tuple(x.shape)}")
         return entries
     if entries % steps:
         raise ValueError(f"steps={steps} must divide the first dimension of x, got shape {tuple(x.shape)}")
@@ -206,9 +206,11 @@ def lif(
         shape = (x.shape[0] // steps, *x.shape[1:]) if folded else tuple(x.shape[1:])
         _check_initial_potential(initial_potential, x, shape)
 
+    spikes: Tensor
+    potential: Tensor
     if not _use_fused(backend, x, surrogate, smooth):
         spikes, potential = reference.lif(
-            x.unflatten(0, (steps, x.shape[0] // steps)) if folded else x,
+            x.reshape(steps, x.shape[0] // steps, *x.shape[1:]) if folded else x,
             initial_potential,
             decay=decay,
             v_threshold=v_threshold,

@@ -13,9 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"the extension of stbp_cuda cannot be loaded ({error}). In the source folder, python finds the sources before "
+        "the installed package: run from elsewhere, or install with `pip install -e .`"
+    ) from error
 
-__all__ = ["FusedLIF", "build_info", "chunk", "fused_backend_problem", "fused_lif", "state_dtype"]
+__all__ = ["FusedLIF", "build_info", "chunk", "fused_backend_problem", "state_dtype"]
 
 lif_forward = torch.ops.stbp_cuda.lif_forward.default
 lif_backward = torch.ops.stbp_cuda.lif_backward.default
@@ -92,13 +98,13 @@ def _is_dense_and_time_major(x: Tensor, steps: int) -> bool:
 
 
 def _empty(x: Tensor, steps: int, count: int | None, dtype: torch.dtype) -> Tensor:
-    """An empty tensor with ``count`` entries where ``x`` has ``steps`` (None: as many), in the memory order of ``x``."""
+    """An empty tensor in the memory order of ``x``; for each ``steps`` entries of ``x``, ``count`` (None: as many)."""
     dense = x if x.numel() == 0 or _is_dense_and_time_major(x, steps) else x.contiguous()
     size = [x.size(0) if count is None else x.size(0) // steps * count, *x.shape[1:]]
     return x.new_empty_strided(size, dense.stride(), dtype=dtype)
 
 
-@torch.library.register_fake("stbp_cuda::lif_forward")
+@torch.library.register_fake("stbp_cuda::lif_forward")  # type: ignore[untyped-decorator]
 def _(
     x: Tensor, initial_potential: Tensor | None, steps: int, *options: Any, **named: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +118,7 @@ def _(
     )
 
 
-@torch.library.register_fake("stbp_cuda::lif_backward")
+@torch.library.register_fake("stbp_cuda::lif_backward")  # type: ignore[untyped-decorator]
 def _(
     grad_spikes: Tensor,
     grad_final: Tensor | None,

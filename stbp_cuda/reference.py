@@ -65,7 +65,11 @@ def lif(
     spikes = []
     for current in x:
         u = decay * v + current.to(state)
-        o = surrogate.antiderivative(u - v_threshold) if smooth else _Spike.apply(u, v_threshold, strict_threshold, surrogate)
+        o = (
+            surrogate.antiderivative(u - v_threshold)
+            if smooth
+            else _Spike.apply(u, v_threshold, strict_threshold, surrogate)
+        )
         reset_by = o.detach() if detach_reset else o
         v = u - v_threshold * reset_by if soft_reset else u * (1 - reset_by) + v_reset * reset_by
         spikes.append(o.to(x.dtype))

@@ -143,8 +143,7 @@ class FastSigmoid(Surrogate):
         return (1 / self.width) / (1 + s.abs() * (2 / self.width)).square()
 
     def antiderivative(self, s: Tensor) -> Tensor:
-        scaled = s * (2 / self.width)
-        return 0.5 + 0.5 * (scaled / (1 + scaled.abs()))
+        return 0.5 + 0.5 * (s / (self.width / 2 + s.abs()))
 
 
 SURROGATES: dict[str, type[Surrogate]] = {

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <string>
 
 #include "../build_info.h"
 #include "../operators.h"
@@ -13,24 +15,37 @@
 namespace stbp {
 namespace {
 
-#if defined(__x86_64__)
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
-}
-bool has_avx2() { return __builtin_cpu_supports("avx2"); }
-#endif
+enum class InstructionSet { kPortable, kAvx2, kAvx512 };
 
-template <class Scalar>
-const cpu::Kernels<Scalar>& kernels() {
-  static const cpu::Kernels<Scalar> chosen = [] {
+// The widest that the machine has and, as in torch itself, that the environment variable ATEN_CPU_CAPABILITY allows.
+InstructionSet instruction_set() {
+  static const InstructionSet chosen = [] {
 #if defined(__x86_64__)
-    if (has_avx512()) return cpu::avx512::kernels<Scalar>();
-    if (has_avx2()) return cpu::avx2::kernels<Scalar>();
+    const char* const variable = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string allowed = variable ? variable : "";
+    if (allowed == "default") return InstructionSet::kPortable;
+    if (allowed != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      return InstructionSet::kAvx512;
+    if (__builtin_cpu_supports("avx2")) return InstructionSet::kAvx2;
 #endif
-    return cpu::portable::kernels<Scalar>();
+    return InstructionSet::kPortable;
   }();
   return chosen;
+}
+
+template <class Scalar>
+cpu::Kernels<Scalar> kernels() {
+  switch (instruction_set()) {
+#if defined(__x86_64__)
+    case InstructionSet::kAvx512:
+      return cpu::avx512::kernels<Scalar>();
+    case InstructionSet::kAvx2:
+      return cpu::avx2::kernels<Scalar>();
+#endif
+    default:
+      return cpu::portable::kernels<Scalar>();
+  }
 }
 
 struct Cpu {
@@ -75,11 +90,14 @@ struct Cpu {
 }  // namespace
 
 const char* cpu_instruction_set() {
-#if defined(__x86_64__)
-  if (has_avx512()) return "AVX-512";
-  if (has_avx2()) return "AVX2";
-#endif
-  return "portable";
+  switch (instruction_set()) {
+    case InstructionSet::kAvx512:
+      return "AVX-512";
+    case InstructionSet::kAvx2:
+      return "AVX2";
+    default:
+      return "portable";
+  }
 }
 
 int cpu_chunk() { return Cpu::kChunk; }

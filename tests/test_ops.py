@@ -1,0 +1,125 @@
+"""The operators themselves: what torch asks of a custom operator, and their own checks."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stbp_cuda import functional, ops
+
+#            decay, v_threshold, v_reset, soft_reset, detach_reset, strict_threshold, smooth, surrogate, width
+OPTIONS = (0.5, 0.75, 0.0, False, False, False, False, "rectangular", 1.0)
+
+
+def forward_arguments(shape: tuple[int, ...], steps: int, device: str, dtype: torch.dtype = torch.float32) -> list[Any]:
+    x = torch.randn(shape, device=device).to(dtype)
+    initial = torch.randn((shape[0] // steps, *shape[1:]), device=device).to(ops.state_dtype(dtype))
+    return [x, initial, steps, *OPTIONS, True, True]
+
+
+def backward_arguments(
+    shape: tuple[int, ...], steps: int, device: str, dtype: torch.dtype = torch.float32
+) -> list[Any]:
+    forward = forward_arguments(shape, steps, device, dtype)
+    x, initial = forward[:2]
+    _, final, states = ops.lif_forward(*forward)
+    return [torch.randn_like(x), torch.randn_like(final), x, initial, states, steps, *OPTIONS, True]
+
+
+SHAPES = [((3, 5), 3), ((70, 2, 4), 70), ((12, 2, 3, 3), 4), ((4, 0), 4), ((0, 2), 7)]
+
+
+@pytest.mark.parametrize(("shape", "steps"), SHAPES)
+@pytest.mark.parametrize("dtype", functional.DTYPES, ids=str)
+def test_opcheck_forward(shape: tuple[int, ...], steps: int, dtype: torch.dtype, device: str) -> None:
+    arguments = forward_arguments(shape, steps, device, dtype)
+    torch.library.opcheck(ops.lif_forward, arguments)
+    torch.library.opcheck(ops.lif_forward, [arguments[0], None, *arguments[2:-2], False, False])
+
+
+@pytest.mark.parametrize(("shape", "steps"), SHAPES)
+@pytest.mark.parametrize("dtype", functional.DTYPES, ids=str)
+def test_opcheck_backward(shape: tuple[int, ...], steps: int, dtype: torch.dtype, device: str) -> None:
+    arguments = backward_arguments(shape, steps, device, dtype)
+    torch.library.opcheck(ops.lif_backward, arguments)
+    arguments[1] = arguments[3] = None
+    torch.library.opcheck(ops.lif_backward, [*arguments[:-1], False])
+
+
+def layouts() -> dict[str, Tensor]:
+    x = torch.randn(6, 4, 3, 5)
+    return {
+        "contiguous": x,
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "time innermost": x.movedim(0, -1).contiguous().movedim(-1, 0),
+        "sliced": torch.randn(6, 4, 3, 10)[..., ::2],
+        "expanded": x[:, :, :1].expand(6, 4, 3, 5),
+        "one step": x[:1].transpose(1, 2),
+        "ones": torch.randn(6, 1, 3, 1).transpose(1, 3),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("folded", [False, True])
+def test_the_fake_kernels_predict_shapes_and_strides(layout: str, folded: bool, device: str) -> None:
+    x = layouts()[layout].to(device)
+    steps = 1 if folded else x.shape[0]
+    outputs = ops.lif_forward(x, None, steps, *OPTIONS, True, True)
+    gradients = ops.lif_backward(torch.ones_like(x), None, x, None, outputs[2], steps, *OPTIONS, True)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake_x, *fake_outputs = (mode.from_tensor(t) for t in (x, *outputs))
+        predicted = ops.lif_forward(fake_x, None, steps, *OPTIONS, True, True)
+        predicted += ops.lif_backward(
+            torch.ones_like(fake_x), None, fake_x, None, fake_outputs[2], steps, *OPTIONS, True
+        )
+    for real, fake in zip((*outputs, *gradients), predicted, strict=True):
+        assert (fake.shape, fake.dtype, fake.device) == (real.shape, real.dtype, real.device)
+        assert real.numel() == 0 or fake.stride() == real.stride()
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.tensor(1.0), "x must have a time dimension, got a scalar"),
+        (0, torch.zeros(6, 4, dtype=torch.int32), "x must be float64, float32, float16 or bfloat16"),
+        (1, torch.zeros(1, 5), "initial_potential must have shape (1, 4), got (1, 5)"),
+        (1, torch.zeros(1, 4, dtype=torch.float64), "initial_potential must have the dtype that goes with x's"),
+        (2, 0, "steps must be at least 1, got 0"),
+        (2, 4, "the first dimension of x must be a multiple of steps = 4, got x of shape (6, 4)"),
+        (9, True, "the smooth spike needs x in float64"),
+        (10, "triangle", "surrogate must be one of rectangular polynomial sigmoid gaussian atan fast_sigmoid, got tri"),
+        (11, 0.0, "width must be positive, got 0"),
+    ],
+)
+def test_bad_arguments_of_forward(position: int, value: object, message: str) -> None:
+    """functional.lif finds these first and says more; the operators must not trust their callers either."""
+    arguments = forward_arguments((6, 4), 6, "cpu")
+    arguments[position] = value
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ops.lif_forward(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.zeros(6, 5), "grad_spikes must have shape (70, 4), got (6, 5)"),
+        (0, torch.zeros(70, 4, dtype=torch.float16), "grad_spikes must have the dtype that goes with x's"),
+        (1, torch.zeros(4), "grad_final must have shape (1, 4), got (4,)"),
+        (4, torch.zeros(1, 4), "states must have shape (2, 4), got (1, 4)"),
+    ],
+)
+def test_bad_arguments_of_backward(position: int, value: object, message: str) -> None:
+    arguments = backward_arguments((70, 4), 70, "cpu")
+    arguments[position] = value
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ops.lif_backward(*arguments)
+
+
+@pytest.mark.cuda
+def test_tensors_on_two_devices() -> None:
+    arguments = forward_arguments((6, 4), 6, "cuda")
+    arguments[1] = arguments[1].cpu()
+    with pytest.raises(RuntimeError, match="initial_potential must be on the device of x"):
+        ops.lif_forward(*arguments)

@@ -1,0 +1,114 @@
+"""The surrogates by themselves: shape, area, and derivative against antiderivative."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stbp_cuda.surrogate import SURROGATES, Rectangular, Surrogate, resolve_surrogate
+
+every_surrogate = pytest.mark.parametrize("name", SURROGATES)
+every_width = pytest.mark.parametrize("width", [0.1, 1.0, 2.5])
+
+
+@every_surrogate
+@every_width
+def test_derivative_is_that_of_the_antiderivative(name: str, width: float) -> None:
+    surrogate = SURROGATES[name](width)
+    s = torch.linspace(-3, 3, 4001, dtype=torch.float64) + 1e-4  # off the corners, which lie at round numbers
+    h = 1e-6
+    numerical = (surrogate.antiderivative(s + h) - surrogate.antiderivative(s - h)) / (2 * h)
+    torch.testing.assert_close(surrogate.derivative(s), numerical, rtol=1e-6, atol=1e-8 / width)
+
+
+@every_surrogate
+@every_width
+def test_autograd_of_the_antiderivative_is_the_derivative(name: str, width: float) -> None:
+    surrogate = SURROGATES[name](width)
+    s = (torch.linspace(-3, 3, 4001, dtype=torch.float64) + 1e-4).requires_grad_()
+    (gradient,) = torch.autograd.grad(surrogate.antiderivative(s).sum(), s)
+    torch.testing.assert_close(gradient, surrogate.derivative(s).detach(), rtol=1e-9, atol=1e-15 / width)
+
+
+@every_surrogate
+@every_width
+def test_antiderivative_rises_from_0_to_1_and_is_half_at_the_threshold(name: str, width: float) -> None:
+    surrogate = SURROGATES[name](width)
+    values = surrogate.antiderivative(torch.tensor([-1e9, 0.0, 1e9], dtype=torch.float64))
+    torch.testing.assert_close(values, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), rtol=0, atol=1e-8)
+    s = torch.linspace(-5, 5, 1001, dtype=torch.float64)
+    assert (surrogate.antiderivative(s).diff() >= 0).all()
+
+
+# The paper's Eqs. 23-26 with numbers put in, and the others' at the peak and at one more point.
+@pytest.mark.parametrize(
+    ("name", "width", "s", "expected"),
+    [
+        ("rectangular", 0.5, 0.2, 2.0),
+        ("rectangular", 0.5, 0.25, 0.0),
+        ("polynomial", 4.0, 0.25, 0.75),
+        ("polynomial", 4.0, 1.0, 0.0),
+        ("sigmoid", 2.0, 0.0, 0.125),
+        ("sigmoid", 1.0, -1.0, math.e / (1 + math.e) ** 2),
+        ("gaussian", 2.0, 0.0, 1 / math.sqrt(4 * math.pi)),
+        ("gaussian", 0.5, 1.0, math.exp(-1) / math.sqrt(math.pi)),
+        ("atan", 2.0, 0.0, 0.5),
+        ("atan", math.pi, 1.0, 1 / (2 * math.pi)),
+        ("fast_sigmoid", 0.5, 0.0, 2.0),
+        ("fast_sigmoid", 2.0, -1.0, 0.125),
+    ],
+)
+def test_derivative_at_a_point(name: str, width: float, s: float, expected: float) -> None:
+    value = SURROGATES[name](width).derivative(torch.tensor(s, dtype=torch.float64)).item()
+    assert value == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+@every_surrogate
+def test_unit_area(name: str) -> None:
+    s = torch.from_numpy(np.sinh(np.linspace(-25, 25, 200_001)))  # dense at 0, and far out for the heavy tails
+    area = torch.trapezoid(SURROGATES[name](1.0).derivative(s), s).item()
+    assert area == pytest.approx(1, abs=1e-3)  # points are 1e-4 apart where the rectangle ends
+
+
+@every_surrogate
+def test_far_tails_neither_overflow_nor_turn_nan(name: str) -> None:
+    s = torch.tensor([-3e38, -1e5, 1e5, 3e38])
+    for value in (SURROGATES[name]().derivative(s), SURROGATES[name]().antiderivative(s)):
+        assert value.isfinite().all()
+        assert (value >= 0).all()
+
+
+def test_resolve() -> None:
+    assert resolve_surrogate("rectangular") == Rectangular(1.0)
+    assert resolve_surrogate(Rectangular(2.0)) == Rectangular(2.0)
+    with pytest.raises(ValueError, match=r"surrogate must be one of rectangular, .*, got 'triangle'"):
+        resolve_surrogate("triangle")
+    with pytest.raises(TypeError, match=r"surrogate must be a name or a .*Surrogate, got 3"):
+        resolve_surrogate(3)  # type: ignore[arg-type]
+
+
+@every_surrogate
+@pytest.mark.parametrize("width", [0.0, -1.0, math.nan, math.inf])
+def test_width_must_be_positive_and_finite(name: str, width: float) -> None:
+    with pytest.raises(ValueError, match=f"width must be positive and finite, got {width}"):
+        SURROGATES[name](width)
+
+
+@every_surrogate
+@pytest.mark.parametrize("width", ["1", None, True])
+def test_width_must_be_a_number(name: str, width: object) -> None:
+    with pytest.raises(TypeError, match="width must be a number"):
+        SURROGATES[name](width)  # type: ignore[arg-type]
+
+
+def test_a_surrogate_of_ones_own_needs_both_formulas() -> None:
+    class Nothing(Surrogate):
+        name = "nothing"
+
+    s: Tensor = torch.zeros(1)
+    with pytest.raises(NotImplementedError):
+        Nothing().derivative(s)
+    with pytest.raises(NotImplementedError):
+        Nothing().antiderivative(s)
