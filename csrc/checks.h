@@ -49,7 +49,9 @@ inline std::vector<int64_t> strides_of(const Tensor& tensor) {
   return {strides.begin(), strides.end()};
 }
 
-inline ScalarType state_type(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType state_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 // The shape and memory order that the input shares with every other tensor of one call. The first dimension counts time
 // steps, or, where the batch is folded into it, steps * batch entries.
@@ -102,10 +104,11 @@ inline Tensor empty_with(const std::vector<int64_t>& sizes, const std::vector<in
                          const Tensor& like) {
   const auto device = like.device();
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())),
+                               like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

@@ -35,15 +35,15 @@ struct LifForward {
 template <class Scalar>
 struct LifBackward {
   using State = state_t<Scalar>;
-  int64_t steps;            // T
-  int64_t neurons;          // N
-  const Scalar* x;          // [T, N]
-  const State* initial;     // [N] or null
-  const State* states;      // [(T - 1) / K, N], null when that is empty
+  int64_t steps;              // T
+  int64_t neurons;            // N
+  const Scalar* x;            // [T, N]
+  const State* initial;       // [N] or null
+  const State* states;        // [(T - 1) / K, N], null when that is empty
   const Scalar* grad_spikes;  // [T, N] dL/dspikes
-  const State* grad_final;  // [N] dL/d(final potential), or null for 0
-  Scalar* grad_x;           // [T, N] dL/dx
-  State* grad_initial;      // [N] dL/d(initial potential), or null
+  const State* grad_final;    // [N] dL/d(final potential), or null for 0
+  Scalar* grad_x;             // [T, N] dL/dx
+  State* grad_initial;        // [N] dL/d(initial potential), or null
 };
 
 }  // namespace stbp

@@ -50,8 +50,9 @@ inline LifOptions make_options(const Tensor& x, double decay, double v_threshold
                                double width) {
   check(!smooth || x.scalar_type() == ScalarType::Double, "the smooth spike needs x in float64");
   check(width > 0, "width must be positive, got ", width);
-  return {decay,  v_threshold, v_reset, soft_reset, detach_reset, strict_threshold,
-          smooth, surrogate_place(Surrogates{}, surrogate), width};
+  return {decay,        v_threshold,      v_reset, soft_reset,
+          detach_reset, strict_threshold, smooth,  surrogate_place(Surrogates{}, surrogate),
+          width};
 }
 
 template <class Device>

@@ -32,8 +32,8 @@ PyObject* build_info(PyObject*, PyObject*) {
   const char* const cuda_architectures = "";
   const int cuda_chunk = 0;
 #endif
-  return Py_BuildValue("{s:s, s:s, s:s, s:i, s:z, s:s, s:i}", "torch_headers", TORCH_VERSION, "cxx_compiler", __VERSION__,
-                       "cpu_instruction_set", stbp::cpu_instruction_set(), "cpu_chunk", stbp::cpu_chunk(),
+  return Py_BuildValue("{s:s, s:s, s:s, s:i, s:z, s:s, s:i}", "torch_headers", TORCH_VERSION, "cxx_compiler",
+                       __VERSION__, "cpu_instruction_set", stbp::cpu_instruction_set(), "cpu_chunk", stbp::cpu_chunk(),
                        "cuda_compiler", cuda_compiler, "cuda_architectures", cuda_architectures, "cuda_chunk",
                        cuda_chunk);
 }

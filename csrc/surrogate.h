@@ -55,9 +55,7 @@ struct Polynomial {
 
   explicit Polynomial(double width)
       : end(State(2 / std::sqrt(width))), peak(State(std::sqrt(width) / 2)), slope(State(width / 4)) {}
-  STBP_FN State derivative(State s) const {
-    return magnitude(s) < end ? peak - slope * magnitude(s) : State(0);
-  }
+  STBP_FN State derivative(State s) const { return magnitude(s) < end ? peak - slope * magnitude(s) : State(0); }
   STBP_FN State antiderivative(State s) const {
     const State inside = s < -end ? -end : s > end ? end : s;
     return State(0.5) + inside * (peak - State(0.5) * slope * magnitude(inside));
@@ -114,14 +112,13 @@ struct FastSigmoid {
   static constexpr const char* kName = "fast_sigmoid";
   State height, scale, half_width;
 
-  explicit FastSigmoid(double width) : height(State(1 / width)), scale(State(2 / width)), half_width(State(width / 2)) {}
+  explicit FastSigmoid(double width)
+      : height(State(1 / width)), scale(State(2 / width)), half_width(State(width / 2)) {}
   STBP_FN State derivative(State s) const {
     const State sum = State(1) + magnitude(s) * scale;
     return height * (State(1) / (sum * sum));
   }
-  STBP_FN State antiderivative(State s) const {
-    return State(0.5) + State(0.5) * (s / (half_width + magnitude(s)));
-  }
+  STBP_FN State antiderivative(State s) const { return State(0.5) + State(0.5) * (s / (half_width + magnitude(s))); }
 };
 
 template <template <class> class... Surrogate>

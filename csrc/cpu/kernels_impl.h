@@ -26,9 +26,7 @@ struct Tile {
   STBP_FN void flush(Scalar*, Scalar*) const {}
 };
 
-STBP_FN Tile tile_at(int64_t first, int64_t last) {
-  return Tile{last - first < kTile ? int(last - first) : kTile};
-}
+STBP_FN Tile tile_at(int64_t first, int64_t last) { return Tile{last - first < kTile ? int(last - first) : kTile}; }
 
 template <class Scalar>
 void forward(const LifForward<Scalar>& io, const LifOptions& options, int64_t first, int64_t last) {

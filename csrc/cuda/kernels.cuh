@@ -91,13 +91,15 @@ __device__ __forceinline__ int64_t first_neuron() {
 }
 
 template <int kWidth, class Scalar, class Neuron>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) lif_forward(const LifForward<Scalar> io, const Neuron neuron) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    lif_forward(const LifForward<Scalar> io, const Neuron neuron) {
   const int64_t first = first_neuron<kWidth>();
   if (first < io.neurons) forward_scan(Registers<kWidth>(), neuron, io, first);
 }
 
 template <int kWidth, class Scalar, class Neuron>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) lif_backward(const LifBackward<Scalar> io, const Neuron neuron) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    lif_backward(const LifBackward<Scalar> io, const Neuron neuron) {
   const int64_t first = first_neuron<kWidth>();
   if (first < io.neurons) backward_scan(Registers<kWidth>(), neuron, io, first);
 }
@@ -105,8 +107,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) lif_backward(co
 // Whether rows of N elements at these pointers can be moved in packs of 16 bytes of Scalar (a null pointer can).
 template <class Scalar, class... Pointer>
 bool packs_fit(int64_t neurons, const Pointer*... pointers) {
-  return neurons % (16 / int64_t(sizeof(Scalar))) == 0 &&
-         ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+  return neurons % (16 / int64_t(sizeof(Scalar))) == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
 template <class Scalar>

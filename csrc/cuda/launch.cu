@@ -1,5 +1,3 @@
-#include "launch.h"
-
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -8,6 +6,7 @@
 #include "../build_info.h"
 #include "../dispatch.h"
 #include "kernels.cuh"
+#include "launch.h"
 
 namespace stbp {
 namespace cuda {
@@ -82,7 +81,7 @@ void launch_backward(const LifBackward<Scalar>& io, const LifOptions& options, i
   throw_on(cudaGetLastError(), "launching lif_backward");
 }
 
-#define STBP_INSTANTIATE(Scalar)                                                                 \
+#define STBP_INSTANTIATE(Scalar)                                                                  \
   template void launch_forward<Scalar>(const LifForward<Scalar>&, const LifOptions&, int, void*); \
   template void launch_backward<Scalar>(const LifBackward<Scalar>&, const LifOptions&, int, void*);
 STBP_INSTANTIATE(float)
