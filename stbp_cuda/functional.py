@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
@@ -20,6 +19,7 @@ __all__ = ["check_lif_options", "lif"]
 BACKENDS = ("auto", "fused", "reference")
 RESETS = ("hard", "soft")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 _warned: set[str] = set()
 
@@ -27,8 +27,8 @@ _warned: set[str] = set()
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not -math.inf < value < math.inf:  # as math.isfinite, which torch.compile cannot trace
-        raise ValueError(f"{name} must be finite, got {value}")
+    if not -FLOAT32_MAX <= value <= FLOAT32_MAX:
+        raise ValueError(f"{name} must be finite in float32, got {value}")
 
 
 def check_lif_options(

@@ -138,7 +138,7 @@ def _(
 class FusedLIF(torch.autograd.Function):
     """The fused forward and backward passes as one differentiable function.
 
-    ``torch.library.register_autograd`` would do the same for 60 us more on every call.
+    ``torch.library.register_autograd`` would do the same, but costs more on every call.
     """
 
     @staticmethod

@@ -37,11 +37,11 @@ class Surrogate:
     """The base of all surrogates.
 
     Args:
-        width: the parameter ``a``; positive and finite. Default 1.
+        width: the parameter ``a``, from 1e-30 to 1e30, so that float32 holds what the formulas make of it. Default 1.
 
     Raises:
         TypeError: ``width`` is not a number.
-        ValueError: ``width`` is not positive and finite.
+        ValueError: ``width`` is out of range.
     """
 
     name: ClassVar[str]
@@ -51,8 +51,8 @@ class Surrogate:
     def __post_init__(self) -> None:
         if isinstance(self.width, bool) or not isinstance(self.width, int | float):
             raise TypeError(f"width must be a number, got {self.width!r}")
-        if not (math.isfinite(self.width) and self.width > 0):
-            raise ValueError(f"width must be positive and finite, got {self.width}")
+        if not 1e-30 <= self.width <= 1e30:
+            raise ValueError(f"width must lie in [1e-30, 1e30], got {self.width}")
 
     def derivative(self, s: Tensor) -> Tensor:
         """The surrogate derivative at ``s = potential - v_threshold``; any shape, elementwise."""

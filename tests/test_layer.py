@@ -181,7 +181,7 @@ def test_a_whole_module_goes_through_torch_save() -> None:
 def test_numbers_set_later_are_checked(argument: str) -> None:
     layer = stbp_cuda.LIFLayer()
     setattr(layer, argument, float("nan"))
-    with pytest.raises(ValueError, match=re.escape(f"{argument} must be finite, got nan")):
+    with pytest.raises(ValueError, match=re.escape(f"{argument} must be finite in float32, got nan")):
         layer(torch.randn(3, 4))
 
 
