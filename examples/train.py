@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -61,8 +61,8 @@ EXPERIMENTS = {
         epochs=40,
         seed=0,
     ),
-    # The paper's neurons, with a wider surrogate: at width 1 an output neuron can leave the gradient's reach for good. The
-    # paper does not tell its learning rate, batch size and epochs.
+    # The paper's neurons, with a wider surrogate: at width 1 an output neuron can leave the gradient's reach for good.
+    # The paper does not tell its learning rate, batch size and epochs.
     "mnist-mlp": Settings(
         hidden=800,
         steps=30,
@@ -186,6 +186,9 @@ def learning_curve(rows: list[dict[str, Any]], title: str) -> Figure:
     epochs = [row["epoch"] for row in rows]
     loss.plot(epochs, [row["train_loss"] for row in rows], ".-", label="train")
     loss.set(ylabel="loss", yscale="log")
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_minor_locator(NullLocator())
+    loss.yaxis.set_major_formatter("{x:g}")
     for part in "train", "test":
         right.plot(epochs, [100 * row[f"{part}_accuracy"] for row in rows], ".-", label=part)
     right.set(ylabel="accuracy, %")
@@ -206,17 +209,18 @@ def raster(net: nn.Sequential, images: Images, settings: Settings, title: str) -
     for module in net.eval():
         spikes = module(spikes)
         if isinstance(module, stbp_cuda.LIFLayer):
-            layers["hidden" if "hidden" not in layers else "classes"] = spikes
+            layers["hidden neurons" if len(layers) == 1 else "classes"] = spikes
     figure = Figure(figsize=(8, 8), dpi=120, layout="constrained")
     guess = int(layers["classes"].mean(0).argmax())
     figure.suptitle(f"{title}: an image of class {int(images.classes[0])}, taken for {guess}")
-    axes = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 3, 1]})
+    axes = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 3, 1.3]})
     for axis, (name, of_layer) in zip(axes, layers.items(), strict=True):
         step, _, neuron = of_layer.nonzero(as_tuple=True)
         axis.scatter((step + 1).cpu(), neuron.cpu(), 12, marker="|" if name != "classes" else "s", color="black")
-        axis.set(ylabel=f"{name} ({of_layer.mean():.1%} spike)", ylim=(of_layer.shape[2] - 0.5, -0.5))
+        axis.set_title(f"{of_layer.shape[2]} {name}, which spike at {of_layer.mean():.1%} of the steps", fontsize=10)
+        axis.set(ylim=(of_layer.shape[2] - 0.5, -0.5))
     axes[-1].set(xlabel="time step", xlim=(0.5, settings.steps + 0.5), yticks=range(layers["classes"].shape[2]))
-    axes[-1].tick_params(axis="y", labelsize=6)
+    axes[-1].tick_params(axis="y", labelsize=7)
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
