@@ -2,8 +2,9 @@
 //
 // Lanes is how a device holds such a group: a tile whose state lies in the L1 cache, or a few neurons in the registers
 // of a thread. It gives kWidth, the most neurons it holds; width(), how many there are; kChunk, the K of "one state
-// every K steps"; and rows: read(p) gives something indexable with the neurons at p, write(p) something to assign to,
-// flush(p, row) ends the assignment.
+// every K steps"; kStepsAtOnce, the steps of the forward pass that a neuron makes before the next one's turn; and rows:
+// read(p) gives something indexable with the neurons at p, write(p) something to assign to, flush(p, row) ends the
+// assignment.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +15,11 @@
 #if defined(__CUDACC__)
 #define STBP_LANE_LOOP _Pragma("unroll")
 #define STBP_CHUNK_LOOP _Pragma("unroll")
+#define STBP_STEP_LOOP _Pragma("unroll")
 #else
 #define STBP_LANE_LOOP _Pragma("GCC ivdep")
 #define STBP_CHUNK_LOOP
+#define STBP_STEP_LOOP _Pragma("GCC unroll 8")
 #endif
 
 namespace stbp {
@@ -43,11 +46,47 @@ STBP_FN void store_state(const Lanes& lanes, State* to, const State* v) {
   lanes.flush(to, row);
 }
 
+// A few steps of all neurons. The state is loaded and stored once for all of them.
+template <int kSteps, class Lanes, class Neuron, class Scalar, class State = typename Neuron::State>
+STBP_FN void advance(const Lanes& lanes, const Neuron& neuron, const Scalar* x, Scalar* spikes, int64_t neurons,
+                     State* v) {
+  const int width = lanes.width();
+  decltype(lanes.read(x)) in[kSteps];
+  decltype(lanes.write(spikes)) out[kSteps];
+  STBP_STEP_LOOP
+  for (int k = 0; k < kSteps; ++k) {
+    in[k] = lanes.read(x + k * neurons);
+    out[k] = lanes.write(spikes + k * neurons);
+  }
+  STBP_LANE_LOOP
+  for (int i = 0; i < width; ++i) {
+    // All loads before the first store: rows often lie a multiple of 4 KB apart, and a CPU that compares the low bits
+    // of addresses lets a load wait for such a store.
+    Scalar current[kSteps], fired[kSteps];
+    STBP_STEP_LOOP
+    for (int k = 0; k < kSteps; ++k) current[k] = in[k][i];
+    State potential = v[i];
+    STBP_STEP_LOOP
+    for (int k = 0; k < kSteps; ++k) {
+      const State u = neuron.charge(potential, to_state(current[k]));
+      const State o = neuron.fire(u);
+      potential = neuron.reset(u, o);
+      fired[k] = Rounded<Scalar>::from(o);
+    }
+    v[i] = potential;
+    STBP_STEP_LOOP
+    for (int k = 0; k < kSteps; ++k) out[k][i] = fired[k];
+  }
+  STBP_STEP_LOOP
+  for (int k = 0; k < kSteps; ++k) lanes.flush(spikes + k * neurons, out[k]);
+}
+
 template <class Lanes, class Neuron, class Scalar>
 STBP_FN void forward_scan(const Lanes& lanes, const Neuron& neuron, const LifForward<Scalar>& io, int64_t first) {
   using State = typename Neuron::State;
   constexpr int kChunk = Lanes::kChunk;
-  const int width = lanes.width();
+  constexpr int kSteps = Lanes::kStepsAtOnce;
+  static_assert(kChunk % kSteps == 0, "a state is kept between two steps");
   State v[Lanes::kWidth];
   load_state(lanes, v, io.initial ? io.initial + first : nullptr);
 
@@ -58,20 +97,19 @@ STBP_FN void forward_scan(const Lanes& lanes, const Neuron& neuron, const LifFor
     // Whole chunks have a constant number of steps, so that a GPU's loads of all of them are issued together.
     const int64_t left = io.steps - start;
     STBP_CHUNK_LOOP
-    for (int k = 0; k < kChunk; ++k) {
-      if (k >= left) break;
-      const auto current = lanes.read(x);
-      auto out = lanes.write(spikes);
-      STBP_LANE_LOOP
-      for (int i = 0; i < width; ++i) {
-        const State u = neuron.charge(v[i], to_state(current[i]));
-        const State o = neuron.fire(u);
-        v[i] = neuron.reset(u, o);
-        out[i] = Rounded<Scalar>::from(o);
+    for (int k = 0; k < kChunk; k += kSteps) {
+      if (left - k >= kSteps) {
+        advance<kSteps>(lanes, neuron, x, spikes, io.neurons, v);
+        x += kSteps * io.neurons;
+        spikes += kSteps * io.neurons;
+      } else {
+        for (int64_t last = left - k; last > 0; --last) {
+          advance<1>(lanes, neuron, x, spikes, io.neurons, v);
+          x += io.neurons;
+          spikes += io.neurons;
+        }
+        break;
       }
-      lanes.flush(spikes, out);
-      x += io.neurons;
-      spikes += io.neurons;
     }
     if (states && left > kChunk) {
       store_state(lanes, states, v);

@@ -11,6 +11,7 @@ namespace {
 struct Tile {
   static constexpr int kWidth = kTile;
   static constexpr int kChunk = cpu::kChunk;
+  static constexpr int kStepsAtOnce = 2;  // more rows than that crowd each other out of the cache
   int count;
 
   STBP_FN int width() const { return count; }

@@ -69,6 +69,7 @@ template <int kWidth_>
 struct Registers {
   static constexpr int kWidth = kWidth_;
   static constexpr int kChunk = cuda::kChunk;
+  static constexpr int kStepsAtOnce = 1;  // the state is in registers anyway
 
   static STBP_FN constexpr int width() { return kWidth; }
   template <class T>
