@@ -64,9 +64,10 @@ struct Cpu {
   }
 
   // Most of the time of a large call goes to the page faults of its outputs: 2 MB pages make 512 times fewer of them.
-  // Has an effect where /sys/kernel/mm/transparent_hugepage/enabled says madvise; a refusal costs only speed.
+  // Has an effect where /sys/kernel/mm/transparent_hugepage/enabled says madvise; a refusal costs only speed. Smaller
+  // outputs mostly come from memory that the allocator has kept, which has its pages already.
   static void fresh(void* pointer, size_t bytes) {
-    constexpr size_t kSmallest = size_t(4) << 20;
+    constexpr size_t kSmallest = size_t(16) << 20;
     constexpr uintptr_t kPage = 4096;
     if (bytes < kSmallest) return;
     const uintptr_t first = (reinterpret_cast<uintptr_t>(pointer) + kPage - 1) / kPage * kPage;
