@@ -20,14 +20,14 @@ template <class State>
 struct LifConstants {
   State decay, v_threshold, v_reset;
   State fires_at;  // the smallest potential that fires
-  bool detach_reset;
+  State detached;  // 1 where no gradient flows through the reset, else 0; a bool would keep GCC from vectorising
 
   explicit LifConstants(const LifOptions& options)
       : decay(State(options.decay)),
         v_threshold(State(options.v_threshold)),
         v_reset(State(options.v_reset)),
         fires_at(options.strict_threshold ? std::nextafter(v_threshold, State(INFINITY)) : v_threshold),
-        detach_reset(options.detach_reset) {}
+        detached(options.detach_reset ? State(1) : State(0)) {}
 };
 
 struct HardReset {
@@ -91,7 +91,7 @@ struct Lif {
   // dL/du[t], which is also dL/dx[t], from dL/do[t] and dL/dv[t].
   STBP_FN State adjoint(State u, State grad_spike, State grad_v) const {
     const State with_reset = Reset::grad_spike(c, u, grad_spike, grad_v);
-    const State total = c.detach_reset ? grad_spike : with_reset;
+    const State total = c.detached > State(0) ? grad_spike : with_reset;
     return total * surrogate.derivative(u - c.v_threshold) + Reset::grad_potential(fire(u), grad_v);
   }
   // dL/dv[t-1] from dL/du[t].

@@ -99,7 +99,8 @@ struct Rounded<Half> {
     const uint32_t normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
     // Subnormal halves are multiples of 2^-24, which is the last place of 0.5f: the addition rounds.
     const uint32_t subnormal = bits_of(float_from(magnitude) + 0.5f) - bits_of(0.5f);
-    uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+    const uint32_t is_subnormal = 0u - uint32_t(magnitude < 0x38800000u);  // a mask; GCC vectorises no choice here
+    uint32_t half = (subnormal & is_subnormal) | (normal & ~is_subnormal);
     half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above
     half = magnitude > 0x7f800000u ? 0x7e00u : half;
     return {uint16_t(half | (bits >> 16 & 0x8000u))};

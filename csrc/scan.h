@@ -82,7 +82,7 @@ STBP_FN void advance(const Lanes& lanes, const Neuron& neuron, const Scalar* x, 
 }
 
 template <class Lanes, class Neuron, class Scalar>
-STBP_FN void forward_scan(const Lanes& lanes, const Neuron& neuron, const LifForward<Scalar>& io, int64_t first) {
+STBP_FN void forward_scan(const Lanes& lanes, const Neuron neuron, const LifForward<Scalar>& io, int64_t first) {
   using State = typename Neuron::State;
   constexpr int kChunk = Lanes::kChunk;
   constexpr int kSteps = Lanes::kStepsAtOnce;
@@ -122,7 +122,7 @@ STBP_FN void forward_scan(const Lanes& lanes, const Neuron& neuron, const LifFor
 // Walks back chunk by chunk: the potentials of a chunk are recomputed from the state before it, with the forward's own
 // arithmetic, then used in reverse.
 template <class Lanes, class Neuron, class Scalar>
-STBP_FN void backward_scan(const Lanes& lanes, const Neuron& neuron, const LifBackward<Scalar>& io, int64_t first) {
+STBP_FN void backward_scan(const Lanes& lanes, const Neuron neuron, const LifBackward<Scalar>& io, int64_t first) {
   using State = typename Neuron::State;
   constexpr int kChunk = Lanes::kChunk;
   const int width = lanes.width();
