@@ -1,0 +1,25 @@
+// What csrc/cuda/kernels.cuh takes from nvcc, for compiling it as plain C++.
+#pragma once
+
+#define __global__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+// Aligned as CUDA's own: under UBSan a pack at a misaligned address is an error, as it is on a GPU.
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+struct Index {
+  unsigned x;
+};
+inline Index blockIdx, blockDim, threadIdx;
+
+template <class T>
+T __ldg(const T* from) {
+  return *from;
+}

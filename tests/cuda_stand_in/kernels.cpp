@@ -1,0 +1,11 @@
+// The kernels of one number type, STBP_SCALAR. Apart from the bindings, which take longer to compile than all of these
+// and which no sanitizer need watch.
+
+#include "run.h"
+
+namespace stbp::cuda {
+
+template void run_forward<STBP_SCALAR>(const LifForward<STBP_SCALAR>&, const LifOptions&, bool);
+template void run_backward<STBP_SCALAR>(const LifBackward<STBP_SCALAR>&, const LifOptions&, bool);
+
+}  // namespace stbp::cuda

@@ -1,0 +1,94 @@
+// The CUDA kernels on NumPy arrays, with a submodule for each number type.
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "run.h"
+
+namespace stbp::cuda {
+
+// In kernels.cpp.
+#define STBP_ELSEWHERE(Scalar)                                                                  \
+  extern template void run_forward<Scalar>(const LifForward<Scalar>&, const LifOptions&, bool); \
+  extern template void run_backward<Scalar>(const LifBackward<Scalar>&, const LifOptions&, bool);
+STBP_ELSEWHERE(float)
+STBP_ELSEWHERE(double)
+STBP_ELSEWHERE(Half)
+STBP_ELSEWHERE(BFloat16)
+
+namespace {
+
+namespace py = pybind11;
+using Array = std::optional<py::array>;  // with elements of the right size, whatever their dtype: NumPy has no bfloat16
+
+template <class T>
+T* pointer(Array array) {
+  if (!array) return nullptr;
+  if (array->itemsize() != py::ssize_t(sizeof(T))) throw std::invalid_argument("an array has elements of a wrong size");
+  return static_cast<T*>(array->mutable_data());
+}
+
+template <class Scalar, class State = state_t<Scalar>>
+LifForward<Scalar> forward(int64_t steps, int64_t neurons, const Array& x, const Array& initial, const Array& spikes,
+                           const Array& final_potential, const Array& states) {
+  return {steps,
+          neurons,
+          pointer<Scalar>(x),
+          pointer<State>(initial),
+          pointer<Scalar>(spikes),
+          pointer<State>(final_potential),
+          pointer<State>(states)};
+}
+
+template <class Scalar, class State = state_t<Scalar>>
+LifBackward<Scalar> backward(int64_t steps, int64_t neurons, const Array& x, const Array& initial, const Array& states,
+                             const Array& grad_spikes, const Array& grad_final, const Array& grad_x,
+                             const Array& grad_initial) {
+  return {steps,
+          neurons,
+          pointer<Scalar>(x),
+          pointer<State>(initial),
+          pointer<State>(states),
+          pointer<Scalar>(grad_spikes),
+          pointer<State>(grad_final),
+          pointer<Scalar>(grad_x),
+          pointer<State>(grad_initial)};
+}
+
+template <class Scalar>
+void bind(py::module_ m) {
+  m.attr("pack") = kPack<Scalar>;
+  // Neither keeps its arrays alive.
+  py::class_<LifForward<Scalar>>(m, "Forward")
+      .def(py::init(&forward<Scalar>))
+      .def("packs_fit", [](const LifForward<Scalar>& io) { return packs_fit(io); })
+      .def("launch", &run_forward<Scalar>);
+  py::class_<LifBackward<Scalar>>(m, "Backward")
+      .def(py::init(&backward<Scalar>))
+      .def("packs_fit", [](const LifBackward<Scalar>& io) { return packs_fit(io); })
+      .def("launch", &run_backward<Scalar>);
+}
+
+template <template <class> class... Surrogate>
+std::vector<std::string> names(SurrogateList<Surrogate...>) {
+  return {Surrogate<float>::kName...};
+}
+
+PYBIND11_MODULE(stand_in, m) {
+  m.attr("surrogates") = names(Surrogates{});
+  m.attr("chunk") = kChunk;
+  m.attr("threads") = kThreads;
+  py::class_<LifOptions>(m, "Options").def(py::init<double, double, double, bool, bool, bool, bool, int, double>());
+  bind<double>(m.def_submodule("float64"));
+  bind<float>(m.def_submodule("float32"));
+  bind<Half>(m.def_submodule("float16"));
+  bind<BFloat16>(m.def_submodule("bfloat16"));
+}
+
+}  // namespace
+}  // namespace stbp::cuda

@@ -1,0 +1,371 @@
+"""The CUDA kernels where there is no GPU: their own source, compiled as C++ against a stand-in for nvcc's built-ins and
+run thread after thread, against the reference and under sanitizers; and what ptxas says of them.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pybind11
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from test_lif import (
+    Case,
+    assert_gradients_agree,
+    both_detach,
+    cases,
+    every_dtype,
+    every_reset,
+    every_surrogate,
+    random_tensors,
+    run,
+)
+from torch import Tensor
+
+from stbp_cuda import ops
+from stbp_cuda.surrogate import SURROGATES
+
+SOURCES = Path(__file__).parent / "cuda_stand_in"
+# Those of setup.py that can change a result. g++ does not know nvcc's `#pragma unroll`.
+FLAGS = "-std=c++17 -fPIC -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Werror -Wno-unknown-pragmas"
+BUILDS = {"plain": "-O1", "sanitized": "-fsanitize=address,undefined -fno-sanitize-recover=all"}
+# The folder of the builds, in the process that test_under_sanitizers starts.
+SANITIZED = os.environ.get("STBP_CUDA_SANITIZED")
+
+CHUNK, THREADS = 8, 128  # the kernels' own, for the cases to lie around
+# The bytes on either side of an array: what a block of threads writes at once, in the largest packs. Sanitizers see
+# where the memory itself ends.
+GUARD = 0 if SANITIZED else THREADS * 32
+UNWRITTEN = 0xFF  # every byte of a NaN, in every type
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the module stand_in in plain/ and in sanitized/."""
+    if SANITIZED:
+        return Path(SANITIZED)
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("cuda_stand_in")
+    lines = [
+        f"rule cxx\n  command = g++ {FLAGS} $flags -c $in -o $out",
+        "rule link\n  command = g++ -shared $flags $in -o $out",
+        f"build module.o: cxx {SOURCES / 'module.cpp'}",
+        f"  flags = -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}",
+    ]
+    for name, flags in BUILDS.items():
+        objects = []
+        for scalar in ("double", "float", "Half", "BFloat16"):
+            objects.append(f"{name}/{scalar}.o")
+            lines.append(f"build {objects[-1]}: cxx {SOURCES / 'kernels.cpp'}")
+            lines.append(f"  flags = {flags} -DSTBP_SCALAR={scalar}")
+        lines.append(f"build {name}/stand_in.so: link module.o {' '.join(objects)}\n  flags = {flags}")
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    done = subprocess.run([sys.executable, "-m", "ninja", "-C", folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stand_in(builds: Path) -> ModuleType:
+    path = builds / ("sanitized" if SANITIZED else "plain") / "stand_in.so"
+    spec = importlib.util.spec_from_file_location("stand_in", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (module.chunk, module.threads) == (CHUNK, THREADS)
+    assert module.surrogates == list(SURROGATES)
+    return module
+
+
+def kernels_of(stand_in: ModuleType, dtype: torch.dtype) -> Any:
+    return getattr(stand_in, str(dtype).removeprefix("torch."))
+
+
+def blank(shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
+    """Memory for one array and not a byte more, between guards; integers, because NumPy has no bfloat16."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.full(GUARD + size + GUARD, UNWRITTEN, np.uint8)
+    return memory[GUARD : GUARD + size].view(f"i{dtype.itemsize}").reshape(shape)
+
+
+def copy_of(tensor: Tensor) -> np.ndarray:
+    array = blank(tuple(tensor.shape), tensor.dtype)
+    torch.from_numpy(array).view(tensor.dtype).copy_(tensor)
+    return array
+
+
+def result(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """The array as a tensor, after a look at its guards."""
+    assert array.base is not None
+    guards = np.delete(array.base, slice(GUARD, GUARD + array.nbytes))
+    assert (guards == UNWRITTEN).all(), "a kernel wrote outside its array"
+    return torch.from_numpy(array).view(dtype)
+
+
+def run_stand_in(
+    stand_in: ModuleType,
+    case: Case,
+    tensors: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    *,
+    surrogate: str,
+    reset: str,
+    detach_reset: bool,
+    smooth: bool = False,
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """The results of ``test_lif.run`` from the kernels with one neuron a thread, and from those with a pack where packs
+    fit.
+    """
+    dtype = tensors[0].dtype
+    state = ops.state_dtype(dtype)
+    kernels = kernels_of(stand_in, dtype)
+    options = stand_in.Options(
+        case.decay,
+        case.v_threshold,
+        case.v_reset if reset == "hard" else 0.0,
+        reset == "soft",
+        detach_reset,
+        case.strict,
+        smooth,
+        stand_in.surrogates.index(surrogate),
+        case.width,
+    )
+    x, initial, gradient, last = (None if tensor is None else copy_of(tensor) for tensor in tensors)
+    steps, neurons = case.steps, *case.shape
+    kept = (steps - 1) // CHUNK
+    fit = neurons % kernels.pack == 0
+    results = []
+    for packed in [False, True] if fit else [False]:
+        spikes, spikes_alone, grad_x = (blank((steps, neurons), dtype) for _ in range(3))
+        potential = blank((neurons,), state)
+        states = blank((kept, neurons), state) if kept else None
+        grad_initial = None if initial is None else blank((neurons,), state)
+
+        forward = kernels.Forward(steps, neurons, x, initial, spikes, potential, states)
+        forward.launch(options, packed)
+        grad_final = last if case.final else None
+        backward = kernels.Backward(steps, neurons, x, initial, states, gradient, grad_final, grad_x, grad_initial)
+        backward.launch(options, packed)
+        assert forward.packs_fit() == backward.packs_fit() == fit
+
+        # Without the outputs that not every call needs.
+        kernels.Forward(steps, neurons, x, initial, spikes_alone, None, None).launch(options, packed)
+        assert torch.equal(result(spikes_alone, dtype), result(spikes, dtype))
+        if states is not None:
+            assert not result(states, state).isnan().any()
+        results.append(
+            (
+                result(spikes, dtype),
+                result(potential, state),
+                result(grad_x, dtype),
+                None if grad_initial is None else result(grad_initial, state),
+            )
+        )
+    return results
+
+
+# Around the ends of chunks, packs and blocks of threads.
+neurons = st.one_of(
+    st.integers(1, 40),
+    st.integers(1, 6).map(lambda packs: 8 * packs),
+    st.sampled_from([THREADS * pack + more for pack in (1, 2, 4, 8) for more in (-pack, -1, 0, 1, pack)]),
+)
+flat_cases = st.builds(
+    dataclasses.replace,
+    cases,
+    steps=st.one_of(st.integers(1, 2 * CHUNK + 2), st.sampled_from([3 * CHUNK, 5 * CHUNK + 1])),
+    shape=st.tuples(neurons),
+    order=st.just("contiguous"),
+    folded=st.just(False),
+)
+# Packs of every type fill more than a block.
+LARGE = Case(3 * CHUNK + 2, (8 * (THREADS + 3),), initial=True, final=True)
+
+
+@every_surrogate
+@every_reset
+@both_detach
+@every_dtype
+@given(case=flat_cases)
+@example(case=LARGE)
+@example(case=Case(1, (1,)))
+def test_agrees_with_the_reference(
+    stand_in: ModuleType, case: Case, surrogate: str, reset: str, detach_reset: bool, dtype: torch.dtype
+) -> None:
+    options: dict[str, Any] = {"surrogate": surrogate, "reset": reset, "detach_reset": detach_reset}
+    tensors = random_tensors(case, dtype, "cpu")
+    x, initial, gradient, last = tensors
+    # Half types: the reference runs in float32 on the rounded numbers.
+    wide = ops.state_dtype(dtype)
+    expected = run(case, (x.to(wide), initial, gradient.to(wide), last), backend="reference", **options)
+    for spikes, potential, grad_x, grad_initial in run_stand_in(stand_in, case, tensors, **options):
+        assert (grad_initial is None) == (expected[3] is None)
+        assert torch.equal(spikes.to(wide), expected[0])
+        assert torch.equal(potential, expected[1])
+        assert_gradients_agree("dL/dx", grad_x, expected[2], surrogate)
+        if grad_initial is not None and expected[3] is not None:
+            assert_gradients_agree("dL/dv[0]", grad_initial, expected[3], surrogate)
+
+
+@every_surrogate
+@every_reset
+@both_detach
+@given(case=flat_cases)
+@example(case=LARGE)
+def test_smooth_spikes_agree_with_the_reference(
+    stand_in: ModuleType, case: Case, surrogate: str, reset: str, detach_reset: bool
+) -> None:
+    case = dataclasses.replace(case, ties=False)  # autograd's choice at the corners of a surrogate is not ours
+    options: dict[str, Any] = {"surrogate": surrogate, "reset": reset, "detach_reset": detach_reset, "smooth": True}
+    tensors = random_tensors(case, torch.float64, "cpu")
+    expected = run(case, tensors, backend="reference", **options)
+    for ours in run_stand_in(stand_in, case, tensors, **options):
+        for ours_, theirs in zip(ours, expected, strict=True):
+            if theirs is not None:
+                torch.testing.assert_close(ours_, theirs, rtol=1e-11, atol=1e-12)
+
+
+@every_dtype
+def test_packs_are_refused_where_they_do_not_fit(stand_in: ModuleType, dtype: torch.dtype) -> None:
+    kernels = kernels_of(stand_in, dtype)
+    state = ops.state_dtype(dtype)
+    steps, neurons = CHUNK + 1, 2 * kernels.pack
+
+    def shifted(array: np.ndarray) -> np.ndarray:
+        return np.resize(array, array.size + 1)[1:]
+
+    rows, row = blank((steps, neurons), dtype), blank((neurons,), state)
+    for launch, arrays in (
+        (kernels.Forward, (rows, row, rows, row, row)),
+        (kernels.Backward, (rows, row, row, rows, row, rows, row)),
+    ):
+        assert launch(steps, neurons, *arrays).packs_fit()
+        assert launch(steps, neurons, *[rows if array is rows else None for array in arrays]).packs_fit()
+        assert not launch(steps, neurons - 1, *arrays).packs_fit()
+        for i, array in enumerate(arrays):
+            assert not launch(steps, neurons, *arrays[:i], shifted(array), *arrays[i + 1 :]).packs_fit(), i
+
+
+def run_sanitized(*command: str, builds: Path) -> subprocess.CompletedProcess[str]:
+    """Python with the sanitized build of stand_in."""
+    # Python itself is not sanitized: the library must be there before its first malloc, and C++'s own before the
+    # library looks for the exceptions of C++.
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    environment = {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps much to its end
+        "STBP_CUDA_SANITIZED": str(builds),
+        "STBP_CUDA_HYPOTHESIS": "quick",
+    }
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=builds / "sanitized",
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_under_sanitizers(builds: Path) -> None:
+    # Captured by pytest, the sanitizers' reports would be lost with the process that they end.
+    options = ["-q", "-p", "no:cacheprovider", "--capture=sys", "-k", "agree or packs"]
+    done = run_sanitized("-m", "pytest", *options, __file__, builds=builds)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+LAUNCH = """
+import numpy as np
+import stand_in
+
+steps, neurons, packed = 3, 20, {}
+x, spikes = (np.zeros(steps * neurons, np.float32) for _ in range(2))
+{}
+options = stand_in.Options(0.25, 0.75, 0.0, False, False, False, False, 0, 1.0)
+stand_in.float32.Forward(steps, neurons, x, None, spikes, None, None).launch(options, packed)
+"""
+
+
+@pytest.mark.parametrize(
+    ("packed", "mistake", "error"),
+    [
+        pytest.param(False, "x = x[:-1].copy()", "heap-buffer-overflow(?s:.*)READ of size 4 ", id="read"),
+        pytest.param(False, "spikes = spikes[:-1].copy()", "heap-buffer-overflow(?s:.*)WRITE of size 4 ", id="write"),
+        pytest.param(True, "spikes = spikes[:-1].copy()", "heap-buffer-overflow(?s:.*)WRITE of size 16 ", id="pack"),
+        pytest.param(True, "x = np.zeros(x.size + 1, x.dtype)[1:]", "misaligned address", id="misaligned read"),
+        pytest.param(True, "spikes = np.zeros(x.size + 1, x.dtype)[1:]", "misaligned address", id="misaligned write"),
+    ],
+)
+def test_the_sanitizers_see_a_wrong_launch(packed: bool, mistake: str, error: str, builds: Path) -> None:
+    right = run_sanitized("-c", LAUNCH.format(packed, ""), builds=builds)
+    assert right.returncode == 0, right.stderr
+    wrong = run_sanitized("-c", LAUNCH.format(packed, mistake), builds=builds)
+    assert wrong.returncode != 0
+    assert re.search(error, wrong.stderr), wrong.stderr
+
+
+def find_nvcc() -> Path | None:
+    """As in setup.py: from CUDA_HOME or PATH, else from the build requirements."""
+    candidates = [Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"] if os.environ.get("CUDA_HOME") else []
+    candidates += [Path(found) for found in [shutil.which("nvcc")] if found]
+    packages = importlib.util.find_spec("nvidia")
+    for location in (packages and packages.submodule_search_locations) or []:
+        candidates += sorted(Path(location).glob("cu*/bin/nvcc"), reverse=True)
+    return next((nvcc for nvcc in candidates if nvcc.is_file()), None)
+
+
+NVCC = find_nvcc()
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+def test_no_float32_kernel_spills(tmp_path: Path) -> None:
+    """On every architecture that is compiled for by default, every potential of a chunk stays in registers."""
+    assert NVCC is not None
+    listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    architectures = [n for n in re.findall(r"compute_(\d+)\b", listed) if int(n) >= 75]
+
+    def report(architecture: str) -> list[tuple[str, ...]]:
+        flags = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "-cubin", f"-arch=sm_{architecture}"]
+        done = subprocess.run(
+            [NVCC, *flags, "-DSTBP_SCALAR=float", SOURCES / "instantiate.cu", "-o", tmp_path / f"{architecture}.cubin"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        kernels = re.findall(
+            r"Function properties for \w*?(lif_\w+)\n"
+            r" *(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers",
+            done.stdout,
+        )
+        # Both widths of the forward pass, and of the backward pass for every surrogate, with both resets.
+        assert len(kernels) == 2 * 2 * (1 + len(SURROGATES)), done.stdout
+        return kernels
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reports = pool.map(report, architectures)
+    spilling = [
+        f"sm_{architecture}, {registers} registers and {stack} bytes of stack, {stores} stored, {loads} loaded: {name}"
+        for architecture, kernels in zip(architectures, reports, strict=True)
+        for name, stack, stores, loads, registers in kernels
+        if (stack, stores, loads) != ("0", "0", "0")
+    ]
+    assert not spilling, "\n".join(spilling)
