@@ -4,7 +4,7 @@
     python examples/train.py mnist-mlp --data-dir data    the MNIST network 784-800-10 of arXiv:1706.02609
     python examples/train.py --help                       everything else
 
-Writes runs/<experiment>/<date and time>/: metrics.json, checkpoint.pt, learning_curve.png and raster.png.
+Needs what `pip install '.[examples]'` installs. Writes runs/<experiment>/<date and time>/: metrics.json, checkpoint.pt, learning_curve.png and raster.png.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import datetime
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -104,7 +105,10 @@ def mnist(folder: Path) -> tuple[Images, Images]:
     """70,000 digits of 28 x 28 pixels, from folder/MNIST/raw, downloaded to it where they are missing."""
     from torchvision.datasets import MNIST
 
-    train, test = (MNIST(str(folder), train=train, download=True) for train in (True, False))
+    try:
+        train, test = (MNIST(str(folder), train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"MNIST can neither be read from nor downloaded to {folder}: {error}")
     return tuple(Images(part.data.flatten(1).float() / 255, part.targets) for part in (train, test))  # type: ignore[return-value]
 
 
@@ -260,8 +264,8 @@ def parse() -> tuple[argparse.Namespace, Settings, torch.device]:
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     settings = replace(EXPERIMENTS[args.experiment], **{k: v for k, v in given.items() if v is not None})
     for name in "hidden", "steps", "learning_rate", "batch_size", "epochs":
-        if not getattr(settings, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(settings, name)}")
+        if not 0 < getattr(settings, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(settings, name)}")
     try:
         network(settings, 1, 1, args.backend)  # checks the neurons' parameters
         device = torch.device(args.device)
@@ -273,10 +277,7 @@ def parse() -> tuple[argparse.Namespace, Settings, torch.device]:
 
 def main() -> None:
     args, settings, device = parse()
-    try:
-        train, test = (part.to(device) for part in (digits() if args.experiment == "digits" else mnist(args.data_dir)))
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"MNIST can neither be read from nor downloaded to {args.data_dir}: {error}")
+    train, test = (part.to(device) for part in (digits() if args.experiment == "digits" else mnist(args.data_dir)))
 
     torch.manual_seed(settings.seed)  # the weights, and the order of the images
     generator = torch.Generator(device).manual_seed(settings.seed + 1)  # the input spikes

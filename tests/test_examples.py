@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import matplotlib.image
 import pytest
 import torch
 
-TRAIN = Path(__file__).parent.parent / "examples" / "train.py"
+ROOT = Path(__file__).parent.parent
+TRAIN = ROOT / "examples" / "train.py"
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +72,9 @@ def test_every_backend_gives_the_same_curve(tmp_path: Path) -> None:
 @pytest.mark.skipif("STBP_CUDA_DATA" not in os.environ, reason="STBP_CUDA_DATA names no folder with MNIST/raw")
 def test_mnist(tmp_path: Path) -> None:
     """The network 784-800-10 of the paper: at least 97 % after an epoch on the real images."""
-    shutil.copytree(Path(os.environ["STBP_CUDA_DATA"], "MNIST"), tmp_path / "data" / "MNIST")
+    # A copy, for torchvision unpacks the archives where they lie.
+    raw = shutil.copytree(Path(os.environ["STBP_CUDA_DATA"], "MNIST", "raw"), tmp_path / "data" / "MNIST" / "raw")
+    raw.chmod(0o755)
     _, metrics = train(tmp_path, "mnist-mlp", "--data-dir", "data", "--epochs", "1")
     assert metrics["epochs"][0]["test_accuracy"] >= 0.97
 
@@ -79,8 +83,8 @@ def test_mnist(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["cifar"], "invalid choice: 'cifar'"),
-        (["--epochs", "0"], "--epochs must be positive, got 0"),
-        (["--learning-rate", "nan"], "--learning-rate must be positive, got nan"),
+        (["--epochs", "0"], "--epochs must be positive and finite, got 0"),
+        (["--learning-rate", "inf"], "--learning-rate must be positive and finite, got inf"),
         (["--decay", "1.5"], "decay must lie in [0, 1], got 1.5"),
         (["--width", "-1"], "width must lie in [1e-30, 1e30], got -1.0"),
         (["--surrogate", "triangle"], "invalid choice: 'triangle'"),
@@ -95,3 +99,11 @@ def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path) -> No
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_example_of_the_readme() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["rates"].shape == (32, 10)
+    assert all(parameter.grad is not None for parameter in names["net"].parameters())
