@@ -286,6 +286,7 @@ def picture(points: list[Point], machine: Point) -> Figure:
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_instruction_set']}"
     figure.suptitle(f"One layer of LIF neurons, fused, on {where} (torch {machine['torch']})")
     training, inference, bandwidth = figure.subplots(1, 3)
+    ratios = [ratio for p in points for ratio in p["ratios"].values()]
     inference.sharey(training)
     for axis, name in (training, "fwd+bwd"), (inference, "fwd"):
         for (rival, label), colour in zip(RIVALS.items(), ("tab:blue", "tab:cyan", "tab:orange"), strict=True):
@@ -296,7 +297,8 @@ def picture(points: list[Point], machine: Point) -> Figure:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.legend()
+        axis.set_ylim(min(1, *ratios) / 1.5, max(ratios) * 5)  # every point, and room for the legend
+        axis.legend(loc="upper left")
     for name, colour in ("fwd+bwd", "tab:purple"), ("fwd", "tab:green"):
         seen = [(p["dtype"], p["x_bytes"], 100 * p["share_of_copy"]) for p in points if p["pass"] == name]
         dots(bandwidth, name, colour, seen)
