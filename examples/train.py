@@ -4,7 +4,8 @@
     python examples/train.py mnist-mlp --data-dir data    the MNIST network 784-800-10 of arXiv:1706.02609
     python examples/train.py --help                       everything else
 
-Needs what `pip install '.[examples]'` installs. Writes runs/<experiment>/<date and time>/: metrics.json, checkpoint.pt, learning_curve.png and raster.png.
+Needs what `pip install '.[examples]'` installs. Writes runs/<experiment>/<date and time>/: metrics.json, checkpoint.pt,
+learning_curve.png and raster.png.
 """
 
 from __future__ import annotations
