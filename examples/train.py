@@ -221,7 +221,7 @@ def raster(net: nn.Sequential, images: Images, settings: Settings, title: str) -
     axes = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 3, 1.3]})
     for axis, (name, of_layer) in zip(axes, layers.items(), strict=True):
         step, _, neuron = of_layer.nonzero(as_tuple=True)
-        axis.scatter((step + 1).cpu(), neuron.cpu(), 12, marker="|" if name != "classes" else "s", color="black")
+        axis.vlines((step + 1).cpu(), (neuron - 0.45).cpu(), (neuron + 0.45).cpu(), color="black", linewidth=3)
         axis.set_title(f"{of_layer.shape[2]} {name}, which spike at {of_layer.mean():.1%} of the steps", fontsize=10)
         axis.set(ylim=(of_layer.shape[2] - 0.5, -0.5))
     axes[-1].set(xlabel="time step", xlim=(0.5, settings.steps + 0.5), yticks=range(layers["classes"].shape[2]))
