@@ -5,6 +5,9 @@
 // every K steps"; kStepsAtOnce, the steps of the forward pass that a neuron makes before the next one's turn; and rows:
 // read(p) gives something indexable with the neurons at p, write(p) something to assign to, flush(p, row) ends the
 // assignment.
+//
+// The scans take their neuron by value: its constants, reached through a reference, would be read again inside the
+// loops, under conditions that GCC does not vectorise.
 #pragma once
 
 #include <cstdint>
