@@ -142,7 +142,9 @@ def test_the_same_binary_under_other_torches(tmp_path: Path) -> None:
 def test_source_distribution_and_wheel(tmp_path: Path) -> None:
     """The sdist holds what a build needs, and the wheel built from it what a user needs."""
     source = tmp_path / "source"
-    ignore = shutil.ignore_patterns(".git", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__", ".*_cache")
+    ignore = shutil.ignore_patterns(
+        *(".git", ".venv", "build", "data", "dist", "runs", "*.so", "*.egg-info", "__pycache__", ".*_cache")
+    )
     shutil.copytree(ROOT, source, ignore=ignore)
     build = "import setuptools.build_meta as b; print(b.build_{}({!r}))"
     run(sys.executable, "-c", build.format("sdist", str(tmp_path)), cwd=source)
