@@ -24,11 +24,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 OLDEST_ARCHITECTURE = 75
 # No fused multiply-add: the kernels must round exactly as the reference does.
-CXX_FLAGS = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall"
+CXX_FLAGS = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wno-psabi"
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false --threads 0 -Xcompiler -fPIC,-fvisibility=hidden"
 TORCH_FLAGS = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL -DPy_LIMITED_API=0x030a0000"
 ISA_FLAGS = {
-    "kernels_avx2": "-mavx2",
+    "kernels_avx2": "-mavx2 -mf16c",
     "kernels_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
 

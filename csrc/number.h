@@ -1,6 +1,11 @@
-// The number types a tensor may hold, and their conversions to and from the type the state is kept in.
+// The number types a tensor may hold, their conversions to and from the type the state is kept in, and the few
+// functions that the neurons and surrogates need beside arithmetic.
+//
+// Everything that computes is a template of V, what is computed with at once: a number, or on a CPU a vector of numbers
+// (cpu/vector.h). The operators of C++ serve both.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -36,55 +41,122 @@ struct StateOf<double> {
 template <class Scalar>
 using state_t = typename StateOf<Scalar>::type;
 
-STBP_FN uint32_t bits_of(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
-  return bits;
+// What differs between a number and a vector of them: the type of its bits, and what C++ has for one alone, or what
+// compilers make too much of.
+template <class V>
+struct Math;
+
+template <class V>
+struct MathOfNumber {
+  static STBP_FN bool at_least(V a, V b) { return a >= b; }
+  static STBP_FN bool less(V a, V b) { return a < b; }
+  static STBP_FN V choose(bool condition, V yes, V no) { return condition ? yes : no; }
+  static STBP_FN V zero_times_plus(V a, V b) { return a * V(0) + b; }
+};
+
+template <>
+struct Math<float> : MathOfNumber<float> {
+  using Bits = uint32_t;
+  static STBP_FN float magnitude(float x) { return fabsf(x); }
+#if defined(__CUDA_ARCH__)
+  static STBP_FN float exp_of_negative(float x) { return expf(x); }
+#endif
+};
+
+template <>
+struct Math<double> : MathOfNumber<double> {
+  using Bits = uint64_t;
+  static STBP_FN double magnitude(double x) { return fabs(x); }
+  static STBP_FN double exp(double x) { return ::exp(x); }
+  static STBP_FN double erfc(double x) { return ::erfc(x); }
+  static STBP_FN double atan(double x) { return ::atan(x); }
+};
+
+template <class To, class From>
+STBP_FN To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "a cast of bits keeps all of them");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
 }
 
-STBP_FN float float_from(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
+template <class V>
+STBP_FN V magnitude(V x) {
+  return Math<V>::magnitude(x);
+}
+
+template <class V, class Number>
+STBP_FN V broadcast(Number x) {
+  return x - V{};  // the conversion that a vector has; exact, -0 included
+}
+
+// The bits of half types, in words of 32, to float and back. Free of branches and of operations that some instruction
+// set has not for vectors.
+template <class V, class Bits>
+STBP_FN V float_of_bfloat16(Bits bits) {
+  return bit_cast<V>(bits << 16);
+}
+
+template <class V, class Bits = typename Math<V>::Bits>
+STBP_FN Bits bfloat16_of_float(V value) {  // to nearest, ties to even
+  const Bits bits = bit_cast<Bits>(value);
+  const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? broadcast<Bits>(0x7fc0u) : rounded;
+}
+
+template <class V, class Bits>
+STBP_FN V float_of_half(Bits bits) {
+  // The multiplication moves the exponent's bias and makes subnormal halves normal; infinity and NaN have the largest
+  // exponent and need the largest one back.
+  const Bits magnitude = bits & 0x7fffu;
+  const Bits moved = bit_cast<Bits>(bit_cast<V>(magnitude << 13) * 0x1p112f);
+  const Bits special = magnitude >= 0x7c00u ? broadcast<Bits>(0x7f800000u) : Bits{};
+  return bit_cast<V>(moved | special | (bits & 0x8000u) << 16);
+}
+
+template <class V, class Bits = typename Math<V>::Bits>
+STBP_FN Bits half_of_float(V value) {  // to nearest, ties to even
+  const Bits bits = bit_cast<Bits>(value);
+  const Bits magnitude = bits & 0x7fffffffu;
+  // Normal halves: round off 13 bits of the mantissa, then move the exponent's bias from 127 to 15.
+  const Bits normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+  // Subnormal halves are multiples of 2^-24, which is the last place of 0.5f: the addition rounds.
+  const Bits subnormal = bit_cast<Bits>(bit_cast<V>(magnitude) + 0.5f) - 0x3f000000u;
+  Bits half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? broadcast<Bits>(0x7c00u) : half;  // 65520 and above
+  half = magnitude > 0x7f800000u ? broadcast<Bits>(0x7e00u) : half;
+  return half | (bits >> 16 & 0x8000u);
 }
 
 STBP_FN float to_state(float value) { return value; }
 STBP_FN double to_state(double value) { return value; }
-STBP_FN float to_state(BFloat16 value) { return float_from(uint32_t(value.bits) << 16); }
+STBP_FN float to_state(BFloat16 value) { return float_of_bfloat16<float>(uint32_t(value.bits)); }
 STBP_FN float to_state(Half value) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(value.bits));
 #else
-  // Free of branches, so that loops over it vectorise. The multiplication moves the exponent's bias and makes
-  // subnormal halves normal; infinity and NaN have the largest exponent and need the largest one back.
-  const uint32_t magnitude = value.bits & 0x7fffu;
-  const uint32_t moved = bits_of(float_from(magnitude << 13) * 0x1p112f);
-  const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
-  return float_from(moved | special | (value.bits & 0x8000u) << 16);
+  return float_of_half<float>(uint32_t(value.bits));
 #endif
 }
 
 template <class Scalar>
-struct Rounded;  // Rounded<Scalar>::from(state): to nearest, ties to even
-
-template <>
-struct Rounded<float> {
-  static STBP_FN float from(float value) { return value; }
+struct Rounded {  // from(state): to nearest, ties to even
+  static STBP_FN Scalar from(Scalar value) { return value; }
 };
 
-template <>
-struct Rounded<double> {
-  static STBP_FN double from(double value) { return value; }
-};
+// The bits of a spike in a half type, from those of 0.0f or 1.0f.
+template <class Bits>
+STBP_FN Bits spike_bits(Bits bits, BFloat16) {
+  return bits >> 16;
+}
+template <class Bits>
+STBP_FN Bits spike_bits(Bits bits, Half) {
+  return bits >> 16 & 0x3c00u;
+}
 
 template <>
 struct Rounded<BFloat16> {
-  static STBP_FN BFloat16 from(float value) {
-    const uint32_t bits = bits_of(value);
-    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    return {uint16_t(nan ? 0x7fc0u : rounded)};
-  }
+  static STBP_FN BFloat16 from(float value) { return {uint16_t(bfloat16_of_float(value))}; }
 };
 
 template <>
@@ -93,17 +165,7 @@ struct Rounded<Half> {
 #if defined(__CUDA_ARCH__)
     return {__half_as_ushort(__float2half_rn(value))};
 #else
-    const uint32_t bits = bits_of(value);
-    const uint32_t magnitude = bits & 0x7fffffffu;
-    // Normal halves: round off 13 bits of the mantissa, then move the exponent's bias from 127 to 15.
-    const uint32_t normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
-    // Subnormal halves are multiples of 2^-24, which is the last place of 0.5f: the addition rounds.
-    const uint32_t subnormal = bits_of(float_from(magnitude) + 0.5f) - bits_of(0.5f);
-    const uint32_t is_subnormal = 0u - uint32_t(magnitude < 0x38800000u);  // a mask; GCC vectorises no choice here
-    uint32_t half = (subnormal & is_subnormal) | (normal & ~is_subnormal);
-    half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above
-    half = magnitude > 0x7f800000u ? 0x7e00u : half;
-    return {uint16_t(half | (bits >> 16 & 0x8000u))};
+    return {uint16_t(half_of_float(value))};
 #endif
   }
 };

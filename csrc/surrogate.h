@@ -9,31 +9,32 @@
 
 namespace stbp {
 
-STBP_FN float magnitude(float s) { return fabsf(s); }
-STBP_FN double magnitude(double s) { return fabs(s); }
-
-// e^x for x <= 0, without branches or calls on the CPU so that loops over it vectorise; within 1e-7 of the true value,
-// or half a unit of the subnormal numbers at the end of the range.
-STBP_FN float exp_of_negative(float x) {
+// e^x for x <= 0, in arithmetic that vectors have; within 1e-7 of the true value, or half a unit of the subnormal
+// numbers at the end of the range.
+template <class V>
+STBP_FN V exp_of_negative(V x, float) {
 #if defined(__CUDA_ARCH__)
-  return expf(x);
+  return Math<V>::exp_of_negative(x);
 #else
-  x = x < -104.0f ? -104.0f : x;                        // where e^x rounds to 0; keeps NaN
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the nearest integer ends in the low bits
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts: the first product is exact
-  float p = 1.0f / 5040;
-  p = p * r + 1.0f / 720;
+  using Bits = typename Math<V>::Bits;
+  x = x < -104.0f ? broadcast<V>(-104.0f) : x;      // where e^x rounds to 0; keeps NaN
+  const V shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the nearest integer ends in the low bits
+  const V n = shifted - 12582912.0f;
+  const V r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts: the first product is exact
+  V p = r * (1.0f / 5040) + 1.0f / 720;
   p = p * r + 1.0f / 120;
   p = p * r + 1.0f / 24;
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = (p * r) * r + r;
-  const float scale = float_from((bits_of(shifted) << 23) + 0x5f800000u);  // 2^(n + 64), always a normal number
+  const V scale = bit_cast<V>((bit_cast<Bits>(shifted) << 23) + 0x5f800000u);  // 2^(n + 64), always a normal number
   return (p * scale + scale) * 0x1p-64f;
 #endif
 }
-STBP_FN double exp_of_negative(double x) { return exp(x); }
+template <class V>
+STBP_FN V exp_of_negative(V x, double) {
+  return Math<V>::exp(x);
+}
 
 template <class State>
 struct Rectangular {
@@ -41,10 +42,15 @@ struct Rectangular {
   State half_width, height;
 
   explicit Rectangular(double width) : half_width(State(width / 2)), height(State(1 / width)) {}
-  STBP_FN State derivative(State s) const { return magnitude(s) < half_width ? height : State(0); }
-  STBP_FN State antiderivative(State s) const {
-    const State rising = s * height + State(0.5);
-    return rising < State(0) ? State(0) : rising > State(1) ? State(1) : rising;
+  template <class V>
+  STBP_FN V derivative(V s) const {
+    return Math<V>::choose(Math<V>::less(magnitude(s), broadcast<V>(half_width)), broadcast<V>(height), V{});
+  }
+  template <class V>
+  STBP_FN V antiderivative(V s) const {
+    const V rising = s * height + State(0.5);
+    const V from_0 = rising < State(0) ? V{} : rising;
+    return from_0 > State(1) ? broadcast<V>(State(1)) : from_0;
   }
 };
 
@@ -55,9 +61,16 @@ struct Polynomial {
 
   explicit Polynomial(double width)
       : end(State(2 / std::sqrt(width))), peak(State(std::sqrt(width) / 2)), slope(State(width / 4)) {}
-  STBP_FN State derivative(State s) const { return magnitude(s) < end ? peak - slope * magnitude(s) : State(0); }
-  STBP_FN State antiderivative(State s) const {
-    const State inside = s < -end ? -end : s > end ? end : s;
+  template <class V>
+  STBP_FN V derivative(V s) const {
+    const V distance = magnitude(s);
+    const V triangle = peak - slope * distance;
+    return Math<V>::choose(Math<V>::less(distance, broadcast<V>(end)), triangle, V{});
+  }
+  template <class V>
+  STBP_FN V antiderivative(V s) const {
+    const V from_left = s < -end ? broadcast<V>(-end) : s;
+    const V inside = from_left > end ? broadcast<V>(end) : from_left;
     return State(0.5) + inside * (peak - State(0.5) * slope * magnitude(inside));
   }
 };
@@ -68,14 +81,17 @@ struct Sigmoid {
   State height;
 
   explicit Sigmoid(double width) : height(State(1 / width)) {}
-  STBP_FN State derivative(State s) const {
-    const State e = exp_of_negative(-magnitude(s) * height);
-    const State sum = State(1) + e;
+  template <class V>
+  STBP_FN V derivative(V s) const {
+    const V e = exp_of_negative(-magnitude(s) * height, State());
+    const V sum = State(1) + e;
     return height * (e / (sum * sum));
   }
-  STBP_FN State antiderivative(State s) const {
-    const State e = exp_of_negative(-magnitude(s) * height);
-    return (s < State(0) ? e : State(1)) / (State(1) + e);
+  template <class V>
+  STBP_FN V antiderivative(V s) const {
+    const V e = exp_of_negative(-magnitude(s) * height, State());
+    const V numerator = s < State(0) ? e : broadcast<V>(State(1));
+    return numerator / (State(1) + e);
   }
 };
 
@@ -88,8 +104,14 @@ struct Gaussian {
       : peak(State(1 / std::sqrt(2 * 3.14159265358979323846 * width))),
         half_precision(State(1 / (2 * width))),
         root_half_precision(State(1 / std::sqrt(2 * width))) {}
-  STBP_FN State derivative(State s) const { return peak * exp_of_negative(-(s * s) * half_precision); }
-  STBP_FN State antiderivative(State s) const { return State(0.5) * erfc(-s * root_half_precision); }
+  template <class V>
+  STBP_FN V derivative(V s) const {
+    return peak * exp_of_negative(-(s * s) * half_precision, State());
+  }
+  template <class V>
+  STBP_FN V antiderivative(V s) const {
+    return State(0.5) * Math<V>::erfc(-s * root_half_precision);
+  }
 };
 
 template <class State>
@@ -98,12 +120,14 @@ struct Atan {
   State height, scale;
 
   explicit Atan(double width) : height(State(1 / width)), scale(State(3.14159265358979323846 / width)) {}
-  STBP_FN State derivative(State s) const {
-    const State scaled = s * scale;
+  template <class V>
+  STBP_FN V derivative(V s) const {
+    const V scaled = s * scale;
     return height * (State(1) / (State(1) + scaled * scaled));
   }
-  STBP_FN State antiderivative(State s) const {
-    return State(0.5) + atan(s * scale) * State(1 / 3.14159265358979323846);
+  template <class V>
+  STBP_FN V antiderivative(V s) const {
+    return State(0.5) + Math<V>::atan(s * scale) * State(1 / 3.14159265358979323846);
   }
 };
 
@@ -114,11 +138,15 @@ struct FastSigmoid {
 
   explicit FastSigmoid(double width)
       : height(State(1 / width)), scale(State(2 / width)), half_width(State(width / 2)) {}
-  STBP_FN State derivative(State s) const {
-    const State sum = State(1) + magnitude(s) * scale;
+  template <class V>
+  STBP_FN V derivative(V s) const {
+    const V sum = State(1) + magnitude(s) * scale;
     return height * (State(1) / (sum * sum));
   }
-  STBP_FN State antiderivative(State s) const { return State(0.5) + State(0.5) * (s / (half_width + magnitude(s))); }
+  template <class V>
+  STBP_FN V antiderivative(V s) const {
+    return State(0.5) + State(0.5) * (s / (half_width + magnitude(s)));
+  }
 };
 
 template <template <class> class... Surrogate>

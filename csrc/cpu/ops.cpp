@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -27,7 +28,7 @@ InstructionSet instruction_set() {
     if (allowed != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       return InstructionSet::kAvx512;
-    if (__builtin_cpu_supports("avx2")) return InstructionSet::kAvx2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return InstructionSet::kAvx2;
 #endif
     return InstructionSet::kPortable;
   }();
@@ -53,14 +54,20 @@ struct Cpu {
 
   template <class Scalar>
   static void forward(const LifForward<Scalar>& io, const LifOptions& options, int) {
+    const int64_t moved = io.steps * io.neurons * int64_t(2 * sizeof(Scalar));
     run(io.steps, io.neurons,
-        [&](int64_t first, int64_t last) { kernels<Scalar>().forward(io, options, first, last); });
+        [&, past_caches = past_caches(moved, io.neurons, io.spikes, io.final_potential, io.states)](auto... range) {
+          kernels<Scalar>().forward(io, options, range..., past_caches);
+        });
   }
 
   template <class Scalar>
   static void backward(const LifBackward<Scalar>& io, const LifOptions& options, int) {
+    const int64_t moved = io.steps * io.neurons * int64_t(3 * sizeof(Scalar));
     run(io.steps, io.neurons,
-        [&](int64_t first, int64_t last) { kernels<Scalar>().backward(io, options, first, last); });
+        [&, past_caches = past_caches(moved, io.neurons, io.grad_x, io.grad_initial)](auto... range) {
+          kernels<Scalar>().backward(io, options, range..., past_caches);
+        });
   }
 
   // Most of the time of a large call goes to the page faults of its outputs: 2 MB pages make 512 times fewer of them.
@@ -76,11 +83,21 @@ struct Cpu {
   }
 
  private:
+  // Whether a call moves more than the last cache holds, to results that allow it.
+  template <class... T>
+  static bool past_caches(int64_t moved, int64_t neurons, const T*... results) {
+    static const int64_t last_cache = [] {
+      const int64_t told = sysconf(_SC_LEVEL3_CACHE_SIZE);
+      return told > 0 ? told : int64_t(32) << 20;
+    }();
+    return moved > last_cache && (cpu::aligned_for_streams(results, neurons) && ...);
+  }
+
   template <class Run>
   static void run(int64_t steps, int64_t neurons, const Run& range) {
-    // A thread is worth waking for about this many updates; blocks keep threads off each other's cache lines.
+    using cpu::kBlock;
+    // A thread is worth waking for about this many updates.
     constexpr int64_t kUpdatesPerThread = 16384;
-    constexpr int64_t kBlock = 64;
     const int64_t grain = std::max<int64_t>(1, kUpdatesPerThread / (steps * kBlock));
     torch::stable::parallel_for(0, (neurons + kBlock - 1) / kBlock, grain, [&](int64_t first, int64_t last) {
       range(first * kBlock, std::min(last * kBlock, neurons));

@@ -43,8 +43,9 @@ struct Pack {
 
   T lane[kWidth];
 
-  STBP_FN const T& operator[](int i) const { return lane[i]; }
-  STBP_FN T& operator[](int i) { return lane[i]; }
+  STBP_FN state_t<T> get(int i) const { return to_state(lane[i]); }
+  STBP_FN void set(int i, state_t<T> value) { lane[i] = Rounded<T>::from(value); }
+  STBP_FN void set_spike(int i, state_t<T> o) { set(i, o); }
 
   static __device__ __forceinline__ Pack load(const T* from) {
     WordType words[kWords];
@@ -65,13 +66,16 @@ struct Pack {
 };
 
 // The neurons of one thread, in its registers. More than one only where rows are aligned to a pack.
-template <int kWidth_>
+template <class State, int kWidth_>
 struct Registers {
+  using Value = State;
   static constexpr int kWidth = kWidth_;
   static constexpr int kChunk = cuda::kChunk;
   static constexpr int kStepsAtOnce = 1;  // the state is in registers anyway
 
   static STBP_FN constexpr int width() { return kWidth; }
+  template <class T>
+  static STBP_FN void prefetch(const T*, int) {}  // the loads of a chunk are issued together
   template <class T>
   __device__ __forceinline__ Pack<T, kWidth> read(const T* from) const {
     return Pack<T, kWidth>::load(from);
@@ -95,14 +99,14 @@ template <int kWidth, class Scalar, class Neuron>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     lif_forward(const LifForward<Scalar> io, const Neuron neuron) {
   const int64_t first = first_neuron<kWidth>();
-  if (first < io.neurons) forward_scan(Registers<kWidth>(), neuron, io, first);
+  if (first < io.neurons) forward_scan(Registers<state_t<Scalar>, kWidth>(), neuron, io, first);
 }
 
 template <int kWidth, class Scalar, class Neuron>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     lif_backward(const LifBackward<Scalar> io, const Neuron neuron) {
   const int64_t first = first_neuron<kWidth>();
-  if (first < io.neurons) backward_scan(Registers<kWidth>(), neuron, io, first);
+  if (first < io.neurons) backward_scan(Registers<state_t<Scalar>, kWidth>(), neuron, io, first);
 }
 
 // Whether rows of N elements at these pointers can be moved in packs of 16 bytes of Scalar (a null pointer can).
