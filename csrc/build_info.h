@@ -1,10 +1,13 @@
 // What each device's code tells about itself, for stbp_cuda.build_info().
 #pragma once
 
+#include <cstdint>
+
 namespace stbp {
 
 const char* cpu_instruction_set();  // chosen on this machine
 int cpu_chunk();                    // K of "one state every K steps"
+int64_t cpu_cache_limit();          // bytes that freed results may hold; 0 where torch is too old for it
 
 #if defined(STBP_CUDA)
 int cuda_chunk();

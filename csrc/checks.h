@@ -100,13 +100,20 @@ struct Layout {
   }
 };
 
+inline size_t element_size(ScalarType type) {
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
+inline int32_t dtype_code(ScalarType type) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+}
+
 inline Tensor empty_with(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
                          const Tensor& like) {
   const auto device = like.device();
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype_code(type),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())),
                                like.get_device_index(), &handle));
   return Tensor(handle);

@@ -1,7 +1,7 @@
 // The operators, from tensors to a device's kernels: what the IMPL blocks of all devices share.
 //
 // Device gives kChunk, the K of "one state every K steps"; forward(io, options, device_index) and backward(...), which
-// run the kernels; and fresh(pointer, bytes), told of every new output.
+// run the kernels; and new_tensor(sizes, strides, type, like), for results.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -55,13 +55,6 @@ inline LifOptions make_options(const Tensor& x, double decay, double v_threshold
           width};
 }
 
-template <class Device>
-Tensor new_output(const std::vector<int64_t>& sizes, const Layout& layout, ScalarType type, const Tensor& x) {
-  Tensor output = empty_with(sizes, layout.strides, type, x);
-  Device::fresh(output.mutable_data_ptr(), size_t(output.numel()) * output.element_size());
-  return output;
-}
-
 // Stands for an output that was not asked for.
 inline Tensor no_output(ScalarType type, const Tensor& x) { return empty_with({0}, {1}, type, x); }
 
@@ -92,10 +85,11 @@ std::tuple<Tensor, Tensor, Tensor> lif_forward(const Tensor& x, const std::optio
     initial = matching("initial_potential", *initial_potential, layout.sizes_for(1), state, layout, x);
 
   const int64_t saved = save_states ? (steps - 1) / Device::kChunk : 0;
-  const Tensor spikes = new_output<Device>(layout.sizes, layout, x.scalar_type(), x);
+  const Tensor spikes = Device::new_tensor(layout.sizes, layout.strides, x.scalar_type(), x);
   const Tensor final_potential =
-      return_potential ? new_output<Device>(layout.sizes_for(1), layout, state, x) : no_output(state, x);
-  const Tensor states = saved ? new_output<Device>(layout.sizes_for(saved), layout, state, x) : no_output(state, x);
+      return_potential ? Device::new_tensor(layout.sizes_for(1), layout.strides, state, x) : no_output(state, x);
+  const Tensor states =
+      saved ? Device::new_tensor(layout.sizes_for(saved), layout.strides, state, x) : no_output(state, x);
 
   if (layout.neurons > 0) {
     visit_scalar(x.scalar_type(), [&](auto type) {
@@ -134,9 +128,9 @@ std::tuple<Tensor, Tensor> lif_backward(const Tensor& grad_spikes, const std::op
   const int64_t saved = (steps - 1) / Device::kChunk;
   if (saved) kept = matching("states", states, layout.sizes_for(saved), state, layout, x);
 
-  const Tensor grad_x = new_output<Device>(layout.sizes, layout, x.scalar_type(), x);
+  const Tensor grad_x = Device::new_tensor(layout.sizes, layout.strides, x.scalar_type(), x);
   const Tensor grad_initial =
-      return_grad_initial ? new_output<Device>(layout.sizes_for(1), layout, state, x) : no_output(state, x);
+      return_grad_initial ? Device::new_tensor(layout.sizes_for(1), layout.strides, state, x) : no_output(state, x);
 
   if (layout.neurons > 0) {
     visit_scalar(x.scalar_type(), [&](auto type) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .surrogate import SURROGATES, Surrogate, resolve_surrogate
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["check_lif_options", "lif"]
+__all__ = ["Checked", "check_options", "lif", "run"]
 
 BACKENDS = ("auto", "fused", "reference")
 RESETS = ("hard", "soft")
@@ -31,14 +31,28 @@ def _check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite in float32, got {value}")
 
 
-def check_lif_options(
+class Checked(NamedTuple):
+    """Options of :func:`lif` that have been checked, in the form in which they are used."""
+
+    surrogate: Surrogate
+    options: ops.Options
+    steps: int | None
+    backend: str
+
+
+def check_options(
+    *,
     decay: float,
     v_threshold: float,
-    v_reset: float,
+    surrogate: str | Surrogate,
     reset: str,
-    backend: str,
+    v_reset: float,
+    detach_reset: bool,
+    strict_threshold: bool,
+    smooth: bool = False,
     steps: int | None,
-) -> None:
+    backend: str,
+) -> Checked:
     """Raise if an option of :func:`lif` is not one it accepts; the options are described there."""
     _check_number("decay", decay)
     if not 0 <= decay <= 1:
@@ -56,6 +70,10 @@ def check_lif_options(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    surrogate = resolve_surrogate(surrogate)
+    numbers = (float(decay), float(v_threshold), float(v_reset))
+    switches = (reset == "soft", bool(detach_reset), bool(strict_threshold), bool(smooth))
+    return Checked(surrogate, (*numbers, *switches, surrogate.name, float(surrogate.width)), steps, backend)
 
 
 def _check_input(x: Tensor, steps: int | None) -> int:
@@ -98,6 +116,8 @@ def _use_fused(backend: str, x: Tensor, surrogate: Surrogate, smooth: bool) -> b
     """Whether the kernels run, with a warning or an error where they cannot."""
     if backend == "reference":
         return False
+    if x.is_cpu and not smooth and SURROGATES.get(surrogate.name) is type(surrogate):
+        return True  # first, for the rest takes microseconds
     problem = ops.fused_backend_problem(x.device)
     if SURROGATES.get(surrogate.name) is not type(surrogate):
         problem = f"there is no fused kernel for the surrogate {type(surrogate).__name__}"
@@ -111,7 +131,7 @@ def _use_fused(backend: str, x: Tensor, surrogate: Surrogate, smooth: bool) -> b
         _warned.add(problem)
         warnings.warn(
             f"stbp_cuda runs its slow reference implementation: {problem}; backend='reference' asks for it silently",
-            stacklevel=3,
+            stacklevel=4,
         )
     return False
 
@@ -198,8 +218,26 @@ def lif(
         ValueError: an option is out of range, or a shape or device does not fit.
         RuntimeError: ``backend="fused"`` and no fused kernel can run.
     """
-    check_lif_options(decay, v_threshold, v_reset, reset, backend, steps)
-    surrogate = resolve_surrogate(surrogate)
+    checked = check_options(
+        decay=decay,
+        v_threshold=v_threshold,
+        surrogate=surrogate,
+        reset=reset,
+        v_reset=v_reset,
+        detach_reset=detach_reset,
+        strict_threshold=strict_threshold,
+        smooth=smooth,
+        steps=steps,
+        backend=backend,
+    )
+    return run(x, checked, initial_potential, return_potential)
+
+
+def run(
+    x: Tensor, checked: Checked, initial_potential: Tensor | None, return_potential: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`lif` with options that were checked before: to check them anew takes a tenth of a small call."""
+    surrogate, options, steps, backend = checked
     folded = steps is not None
     steps = _check_input(x, steps)
     if initial_potential is not None:
@@ -208,14 +246,15 @@ def lif(
 
     spikes: Tensor
     potential: Tensor
-    if not _use_fused(backend, x, surrogate, smooth):
+    if not _use_fused(backend, x, surrogate, smooth=options[6]):
+        decay, v_threshold, v_reset, soft_reset, detach_reset, strict_threshold, smooth, _, _ = options
         spikes, potential = reference.lif(
             x.reshape(steps, x.shape[0] // steps, *x.shape[1:]) if folded else x,
             initial_potential,
             decay=decay,
             v_threshold=v_threshold,
             v_reset=v_reset,
-            soft_reset=reset == "soft",
+            soft_reset=soft_reset,
             detach_reset=detach_reset,
             strict_threshold=strict_threshold,
             smooth=smooth,
@@ -229,24 +268,12 @@ def lif(
         initial_potential = initial_potential.to(ops.state_dtype(x.dtype))
         if not folded:
             initial_potential = initial_potential.unsqueeze(0)
-    options = (
-        decay,
-        v_threshold,
-        v_reset,
-        reset == "soft",
-        detach_reset,
-        strict_threshold,
-        smooth,
-        surrogate.name,
-        surrogate.width,
-        return_potential,
-    )
     if torch.is_grad_enabled() and (
         x.requires_grad or (initial_potential is not None and initial_potential.requires_grad)
     ):
-        spikes, potential = ops.FusedLIF.apply(x, initial_potential, steps, *options)
+        spikes, potential = ops.FusedLIF.apply(x, initial_potential, (steps, options, return_potential))
     else:
-        spikes, potential, _ = ops.lif_forward(x, initial_potential, steps, *options, False)
+        spikes, potential, _ = ops.lif_forward(x, initial_potential, steps, *options, return_potential, False)
     if not return_potential:
         return spikes
     return spikes, potential if folded else potential.squeeze(0)

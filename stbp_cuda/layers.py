@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import inspect
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -10,6 +11,8 @@ from . import functional
 from .surrogate import Surrogate, resolve_surrogate
 
 __all__ = ["LIFLayer"]
+
+_OPTIONS = frozenset(inspect.signature(functional.check_options).parameters) - {"smooth"}
 
 
 class LIFLayer(nn.Module):
@@ -53,7 +56,6 @@ class LIFLayer(nn.Module):
         backend: Literal["auto", "fused", "reference"] = "auto",
     ) -> None:
         super().__init__()
-        functional.check_lif_options(decay, v_threshold, v_reset, reset, backend, steps)
         self.decay = decay
         self.v_threshold = v_threshold
         self.surrogate = resolve_surrogate(surrogate)
@@ -63,6 +65,15 @@ class LIFLayer(nn.Module):
         self.strict_threshold = strict_threshold
         self.steps = steps
         self.backend: Literal["auto", "fused", "reference"] = backend
+        self._checked: functional.Checked | None = self._check()
+
+    def _check(self) -> functional.Checked:
+        return functional.check_options(**{name: getattr(self, name) for name in _OPTIONS})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _OPTIONS:
+            self._checked = None  # the next call checks what has changed
 
     def forward(
         self, x: Tensor, initial_potential: Tensor | None = None, return_potential: bool = False
@@ -80,20 +91,9 @@ class LIFLayer(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.lif`.
         """
-        return functional.lif(  # type: ignore[call-overload, no-any-return]
-            x,
-            decay=self.decay,
-            v_threshold=self.v_threshold,
-            surrogate=self.surrogate,
-            reset=self.reset,
-            v_reset=self.v_reset,
-            detach_reset=self.detach_reset,
-            strict_threshold=self.strict_threshold,
-            steps=self.steps,
-            initial_potential=initial_potential,
-            return_potential=return_potential,
-            backend=self.backend,
-        )
+        if self._checked is None:
+            self._checked = self._check()
+        return functional.run(x, self._checked, initial_potential, return_potential)
 
     def extra_repr(self) -> str:
         return (

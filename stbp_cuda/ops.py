@@ -21,7 +21,10 @@ except ImportError as error:
         "the installed package: run from elsewhere, or install with `pip install -e .`"
     ) from error
 
-__all__ = ["FusedLIF", "build_info", "chunk", "fused_backend_problem", "state_dtype"]
+__all__ = ["FusedLIF", "Options", "build_info", "chunk", "empty_cpu_cache", "fused_backend_problem", "state_dtype"]
+
+# decay, v_threshold, v_reset, soft_reset, detach_reset, strict_threshold, smooth, surrogate's name, width
+Options = tuple[float, float, float, bool, bool, bool, bool, str, float]
 
 lif_forward = torch.ops.stbp_cuda.lif_forward.default
 lif_backward = torch.ops.stbp_cuda.lif_backward.default
@@ -73,8 +76,9 @@ def build_info() -> dict[str, Any]:
     Returns:
         Versions (``stbp_cuda``, ``python``, ``torch``, ``torch_headers``, ``cxx_compiler``, ``cuda_compiler``: None
         without CUDA kernels); ``cuda_architectures``, as a string such as "7.5 9.0+PTX"; ``cpu_instruction_set``, the
-        one chosen on this machine; ``cpu_chunk`` and ``cuda_chunk``, the K of "one state is kept every K steps"; and
-        ``backends``: for each device here, what a tensor on it would use.
+        one chosen on this machine; ``cpu_chunk`` and ``cuda_chunk``, the K of "one state is kept every K steps";
+        ``cpu_cache_mb``, the most that :func:`empty_cpu_cache` may find; and ``backends``: for each device here, what a
+        tensor on it would use.
     """
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     problems = {str(device): fused_backend_problem(device) for device in devices}
@@ -85,6 +89,21 @@ def build_info() -> dict[str, Any]:
         **_INFO,
         "backends": {device: f"reference ({why})" if why else "fused" for device, why in problems.items()},
     }
+
+
+def empty_cpu_cache() -> int:
+    """Give the memory of freed results on the CPU back to the operating system.
+
+    Results of 256 KB and more (spikes, gradients) are allocated by this package, and their memory is kept when they are
+    freed, for the results of the next training step: the page faults of new memory cost more than the kernels. What is
+    kept never exceeds the environment variable ``STBP_CUDA_CPU_CACHE_MB``, by default an eighth of the machine's
+    memory; 0 turns it off. A block that 1,000 further results could not use is given back by itself. Needs torch >=
+    2.11; with an older torch all memory is torch's own.
+
+    Returns:
+        The bytes that were given back.
+    """
+    return _C.empty_cpu_cache()
 
 
 def _is_dense_and_time_major(x: Tensor, steps: int) -> bool:
@@ -138,31 +157,46 @@ def _(
 class FusedLIF(torch.autograd.Function):
     """The fused forward and backward passes as one differentiable function.
 
-    ``torch.library.register_autograd`` would do the same, but costs more on every call.
+    ``torch.library.register_autograd`` would do the same, but costs more on every call; so does each argument that is
+    no tensor, hence one for all of them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, initial_potential: Tensor | None, steps: int, *options: Any
+        ctx: Any, x: Tensor, initial_potential: Tensor | None, call: tuple[int, Options, bool]
     ) -> tuple[Tensor, Tensor]:
-        """Args: those of the operator up to ``return_potential``. Returns the spikes and the final potential."""
-        spikes, final_potential, states = lif_forward(x, initial_potential, steps, *options, True)
+        """Args: those of the operator, from ``steps`` on as (steps, options, return_potential).
+
+        Returns the spikes and the final potential.
+        """
+        steps, options, return_potential = call
+        spikes, final_potential, states = lif_forward(x, initial_potential, steps, *options, return_potential, True)
         ctx.save_for_backward(x, initial_potential, states)
-        ctx.steps, ctx.options, ctx.returned_potential = steps, options[:-1], options[-1]
+        ctx.call = call
         ctx.set_materialize_grads(False)
         return spikes, final_potential
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
         """Returns dL/dx and dL/d(initial potential)."""
-        x, initial_potential, states = ctx.saved_tensors
-        if grad_spikes is None:
-            grad_spikes = torch.zeros_like(x)
-        if not ctx.returned_potential:
-            grad_final = None  # torch.compile hands a gradient even for the empty tensor in its place
-        wants_initial = ctx.needs_input_grad[1]
-        grad_x, grad_initial = lif_backward(
-            grad_spikes, grad_final, x, initial_potential, states, ctx.steps, *ctx.options, wants_initial
-        )
-        return grad_x, grad_initial if wants_initial else None, *(None,) * (2 + len(ctx.options))
+        # A decorator on this method would cost 5 us at every call.
+        if torch.is_grad_enabled():  # create_graph=True
+            return _refuse_second_derivatives(ctx, grad_spikes, grad_final)
+        return _lif_gradients(ctx, grad_spikes, grad_final)
+
+
+def _lif_gradients(ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, initial_potential, states = ctx.saved_tensors
+    steps, options, returned_potential = ctx.call
+    if grad_spikes is None:
+        grad_spikes = torch.zeros_like(x)
+    if not returned_potential:
+        grad_final = None  # torch.compile hands a gradient even for the empty tensor in its place
+    wants_initial = ctx.needs_input_grad[1]
+    grad_x, grad_initial = lif_backward(
+        grad_spikes, grad_final, x, initial_potential, states, steps, *options, wants_initial
+    )
+    return grad_x, grad_initial if wants_initial else None, None
+
+
+_refuse_second_derivatives = torch.autograd.function.once_differentiable(_lif_gradients)

@@ -299,6 +299,27 @@ def test_nan_and_inf_stay_in_their_neuron(poison: float, dtype: torch.dtype, sur
         assert torch.equal(healthy[:, others], ill[:, others])
 
 
+@every_dtype
+@pytest.mark.parametrize("neurons", [2**18, 2**18 + 64, 2**18 + 7])
+def test_results_that_no_cache_holds(dtype: torch.dtype, neurons: int) -> None:
+    """The CPU kernels write them past the caches where rows are aligned; all ways give the same as small calls."""
+    steps = CHUNK + 3
+    generator = torch.Generator().manual_seed(neurons)
+    x = torch.randn(steps, neurons, generator=generator).to(dtype).requires_grad_()
+    gradient = torch.randn(steps, neurons, generator=generator).to(dtype)
+    spikes, potential = functional.lif(x, decay=0.5, return_potential=True, backend="fused")
+    spikes.backward(gradient)
+    assert x.grad is not None
+    for part in torch.arange(neurons).split(2**15 + 5):  # small enough for the caches
+        of_part = slice(int(part[0]), int(part[-1]) + 1)
+        small = x.detach()[:, of_part].clone().requires_grad_()
+        some_spikes, some_potential = functional.lif(small, decay=0.5, return_potential=True, backend="fused")
+        some_spikes.backward(gradient[:, of_part].clone())
+        assert torch.equal(spikes[:, of_part], some_spikes)
+        assert torch.equal(potential[of_part], some_potential)
+        assert torch.equal(x.grad[:, of_part], small.grad)
+
+
 def test_runs_are_the_same_from_one_to_the_next(device: str) -> None:
     case = Case(40, (3000,), initial=True, final=True)
     tensors = random_tensors(case, torch.float32, device)

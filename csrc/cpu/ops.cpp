@@ -1,17 +1,23 @@
-// The CPU's IMPL block: threads, the choice of instruction set, and huge pages.
+// The CPU's IMPL block: threads, memory for results, and the choice of instruction set.
 
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
+#include <fstream>
 #include <string>
 
 #include "../build_info.h"
 #include "../operators.h"
 #include "kernels.h"
+#include "memory.h"
+
+// Since torch 2.11; null beside an older one, whose headers lack it, too.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* result, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
 
 namespace stbp {
 namespace {
@@ -70,16 +76,23 @@ struct Cpu {
         });
   }
 
-  // Most of the time of a large call goes to the page faults of its outputs: 2 MB pages make 512 times fewer of them.
-  // Has an effect where /sys/kernel/mm/transparent_hugepage/enabled says madvise; a refusal costs only speed. Smaller
-  // outputs mostly come from memory that the allocator has kept, which has its pages already.
-  static void fresh(void* pointer, size_t bytes) {
-    constexpr size_t kSmallest = size_t(16) << 20;
-    constexpr uintptr_t kPage = 4096;
-    if (bytes < kSmallest) return;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(pointer) + kPage - 1) / kPage * kPage;
-    const uintptr_t last = (reinterpret_cast<uintptr_t>(pointer) + bytes) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  static Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
+                           const Tensor& like) {
+    int64_t count = 1;
+    for (const int64_t size : sizes) count *= size;
+    const size_t bytes = size_t(count) * element_size(type);
+    if (bytes < cpu::kSmallestKept || torch_from_blob == nullptr) return empty_with(sizes, strides, type, like);
+    void* const block = cpu::take_block(bytes);
+    if (block == nullptr) return empty_with(sizes, strides, type, like);
+    AtenTensorHandle handle;
+    const auto code = torch_from_blob(
+        block, int64_t(sizes.size()), sizes.data(), strides.data(), 0, dtype_code(type), aoti_torch_device_type_cpu(),
+        like.get_device_index(), &handle, aoti_torch_layout_strided(), nullptr, 0,
+        [](void* data, void* size) { cpu::give_block(data, reinterpret_cast<size_t>(size)); },
+        reinterpret_cast<void*>(bytes));
+    if (code != AOTI_TORCH_SUCCESS) cpu::give_block(block, bytes);
+    TORCH_ERROR_CODE_CHECK(code);
+    return Tensor(handle);
   }
 
  private:
@@ -87,8 +100,10 @@ struct Cpu {
   template <class... T>
   static bool past_caches(int64_t moved, int64_t neurons, const T*... results) {
     static const int64_t last_cache = [] {
-      const int64_t told = sysconf(_SC_LEVEL3_CACHE_SIZE);
-      return told > 0 ? told : int64_t(32) << 20;
+      // Not sysconf(): glibc takes the caches of all of an AMD machine's chiplets for one.
+      int64_t kilobytes = 0;
+      std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kilobytes;
+      return (kilobytes > 0 ? kilobytes : 32768) << 10;
     }();
     return moved > last_cache && (cpu::aligned_for_streams(results, neurons) && ...);
   }
@@ -119,6 +134,8 @@ const char* cpu_instruction_set() {
 }
 
 int cpu_chunk() { return Cpu::kChunk; }
+
+int64_t cpu_cache_limit() { return torch_from_blob ? cpu::cache_limit() : 0; }
 
 }  // namespace stbp
 

@@ -35,7 +35,10 @@ struct Cuda {
   static void backward(const LifBackward<Scalar>& io, const LifOptions& options, int device) {
     cuda::launch_backward(io, options, device, current_stream(device));
   }
-  static void fresh(void*, size_t) {}
+  static Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
+                           const Tensor& like) {
+    return empty_with(sizes, strides, type, like);
+  }
 };
 
 }  // namespace
