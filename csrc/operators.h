@@ -6,9 +6,13 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <charconv>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <system_error>
 #include <tuple>
+#include <unordered_map>
 
 #include "checks.h"
 #include "lif.h"
@@ -45,14 +49,62 @@ void visit_scalar(ScalarType type, const Run& run) {
   }
 }
 
-inline LifOptions make_options(const Tensor& x, double decay, double v_threshold, double v_reset, bool soft_reset,
-                               bool detach_reset, bool strict_threshold, bool smooth, const std::string& surrogate,
-                               double width) {
-  check(!smooth || x.scalar_type() == ScalarType::Double, "the smooth spike needs x in float64");
-  check(width > 0, "width must be positive, got ", width);
-  return {decay,        v_threshold,      v_reset, soft_reset,
-          detach_reset, strict_threshold, smooth,  surrogate_place(Surrogates{}, surrogate),
-          width};
+// What stbp_cuda/ops.py writes, such as
+//   "lif decay=0.25 v_threshold=0.75 v_reset=0.0 reset=hard detach_reset=0 strict_threshold=0 smooth=0
+//   surrogate=rectangular width=1.0"
+// in one line: one argument that explains itself, as each one costs a call some tenth of a microsecond.
+class NeuronText {
+ public:
+  explicit NeuronText(const std::string& text) : text_(text), rest_(text) {
+    take("lif");
+    options.decay = number(" decay=");
+    options.v_threshold = number(" v_threshold=");
+    options.v_reset = number(" v_reset=");
+    options.soft_reset = word(" reset=") == "soft";
+    options.detach_reset = number(" detach_reset=") != 0;
+    options.strict_threshold = number(" strict_threshold=") != 0;
+    options.smooth = number(" smooth=") != 0;
+    options.surrogate = surrogate_place(Surrogates{}, word(" surrogate="));
+    options.width = number(" width=");
+    check(rest_.empty(), "neuron has more than it should, got ", text_);
+    check(options.width > 0, "width must be positive, got ", options.width);
+  }
+
+  LifOptions options;
+
+ private:
+  void take(std::string_view key) {
+    check(rest_.substr(0, key.size()) == key, "neuron must go on with '", key, "' at '", rest_, "', got ", text_);
+    rest_.remove_prefix(key.size());
+  }
+  std::string word(std::string_view key) {
+    take(key);
+    const std::string found(rest_.substr(0, rest_.find(' ')));
+    rest_.remove_prefix(found.size());
+    return found;
+  }
+  double number(std::string_view key) {
+    take(key);
+    double value = 0;
+    const auto [end, error] = std::from_chars(rest_.data(), rest_.data() + rest_.size(), value);
+    check(error == std::errc(), "neuron must have a number after '", key, "', got ", text_);
+    rest_.remove_prefix(size_t(end - rest_.data()));
+    return value;
+  }
+
+  const std::string& text_;
+  std::string_view rest_;
+};
+
+inline LifOptions options_from(const std::string& neuron, const Tensor& x) {
+  static thread_local std::unordered_map<std::string, LifOptions> known;
+  auto found = known.find(neuron);
+  if (found == known.end()) {
+    if (known.size() >= 1000) known.clear();  // someone changes the width in every step
+    found = known.emplace(neuron, NeuronText(neuron).options).first;
+  }
+  check(!found->second.smooth || x.scalar_type() == ScalarType::Double, "the smooth spike needs x in float64");
+  return found->second;
 }
 
 // Stands for an output that was not asked for.
@@ -71,12 +123,9 @@ T* output_pointer(const Tensor& tensor) {
 // -> spikes; the final potential; the state after every kChunk-th step but the last. The last two only if asked for.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> lif_forward(const Tensor& x, const std::optional<Tensor>& initial_potential,
-                                               int64_t steps, double decay, double v_threshold, double v_reset,
-                                               bool soft_reset, bool detach_reset, bool strict_threshold, bool smooth,
-                                               std::string surrogate, double width, bool return_potential,
+                                               int64_t steps, std::string neuron, bool return_potential,
                                                bool save_states) {
-  const LifOptions options = make_options(x, decay, v_threshold, v_reset, soft_reset, detach_reset, strict_threshold,
-                                          smooth, surrogate, width);
+  const LifOptions options = options_from(neuron, x);
   const Layout layout(x, steps);
   const ScalarType state = state_type(x.scalar_type());
   const Tensor input = layout.input_fits ? x : with_strides(x, layout.strides);
@@ -112,11 +161,9 @@ std::tuple<Tensor, Tensor, Tensor> lif_forward(const Tensor& x, const std::optio
 template <class Device>
 std::tuple<Tensor, Tensor> lif_backward(const Tensor& grad_spikes, const std::optional<Tensor>& grad_final,
                                         const Tensor& x, const std::optional<Tensor>& initial_potential,
-                                        const Tensor& states, int64_t steps, double decay, double v_threshold,
-                                        double v_reset, bool soft_reset, bool detach_reset, bool strict_threshold,
-                                        bool smooth, std::string surrogate, double width, bool return_grad_initial) {
-  const LifOptions options = make_options(x, decay, v_threshold, v_reset, soft_reset, detach_reset, strict_threshold,
-                                          smooth, surrogate, width);
+                                        const Tensor& states, int64_t steps, std::string neuron,
+                                        bool return_grad_initial) {
+  const LifOptions options = options_from(neuron, x);
   const Layout layout(x, steps);
   const ScalarType state = state_type(x.scalar_type());
   const Tensor input = layout.input_fits ? x : with_strides(x, layout.strides);

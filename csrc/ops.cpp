@@ -10,14 +10,12 @@
 
 STABLE_TORCH_LIBRARY(stbp_cuda, m) {
   m.def(
-      "lif_forward(Tensor x, Tensor? initial_potential, int steps, float decay, float v_threshold, float v_reset, "
-      "bool soft_reset, bool detach_reset, bool strict_threshold, bool smooth, str surrogate, float width, "
-      "bool return_potential, bool save_states) -> (Tensor spikes, Tensor final_potential, Tensor states)");
+      "lif_forward(Tensor x, Tensor? initial_potential, int steps, str neuron, bool return_potential, bool "
+      "save_states) "
+      "-> (Tensor spikes, Tensor final_potential, Tensor states)");
   m.def(
       "lif_backward(Tensor grad_spikes, Tensor? grad_final, Tensor x, Tensor? initial_potential, Tensor states, "
-      "int steps, float decay, float v_threshold, float v_reset, bool soft_reset, bool detach_reset, "
-      "bool strict_threshold, bool smooth, str surrogate, float width, bool return_grad_initial) "
-      "-> (Tensor grad_x, Tensor grad_initial)");
+      "int steps, str neuron, bool return_grad_initial) -> (Tensor grad_x, Tensor grad_initial)");
 }
 
 namespace {

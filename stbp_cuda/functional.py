@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -32,10 +32,10 @@ def _check_number(name: str, value: object) -> None:
 
 
 class Checked(NamedTuple):
-    """Options of :func:`lif` that have been checked, in the form in which they are used."""
+    """Options of :func:`lif` that have been checked, in the forms in which they are used."""
 
-    surrogate: Surrogate
-    options: ops.Options
+    options: dict[str, Any]  # as the reference takes them
+    neuron: str  # as the operators do
     steps: int | None
     backend: str
 
@@ -70,10 +70,17 @@ def check_options(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
-    surrogate = resolve_surrogate(surrogate)
-    numbers = (float(decay), float(v_threshold), float(v_reset))
-    switches = (reset == "soft", bool(detach_reset), bool(strict_threshold), bool(smooth))
-    return Checked(surrogate, (*numbers, *switches, surrogate.name, float(surrogate.width)), steps, backend)
+    options: dict[str, Any] = {
+        "decay": decay,
+        "v_threshold": v_threshold,
+        "v_reset": v_reset,
+        "soft_reset": reset == "soft",
+        "detach_reset": bool(detach_reset),
+        "strict_threshold": bool(strict_threshold),
+        "smooth": bool(smooth),
+        "surrogate": resolve_surrogate(surrogate),
+    }
+    return Checked(options, ops.neuron_text(**options), steps, backend)
 
 
 def _check_input(x: Tensor, steps: int | None) -> int:
@@ -112,10 +119,12 @@ def _check_initial_potential(v: Tensor, x: Tensor, shape: tuple[int, ...]) -> No
         raise ValueError(f"initial_potential must have the shape of one step of x, {shape}, got {tuple(v.shape)}")
 
 
-def _use_fused(backend: str, x: Tensor, surrogate: Surrogate, smooth: bool) -> bool:
+def _use_fused(x: Tensor, checked: Checked) -> bool:
     """Whether the kernels run, with a warning or an error where they cannot."""
+    backend = checked.backend
     if backend == "reference":
         return False
+    surrogate, smooth = checked.options["surrogate"], checked.options["smooth"]
     if x.is_cpu and not smooth and SURROGATES.get(surrogate.name) is type(surrogate):
         return True  # first, for the rest takes microseconds
     problem = ops.fused_backend_problem(x.device)
@@ -237,7 +246,7 @@ def run(
     x: Tensor, checked: Checked, initial_potential: Tensor | None, return_potential: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`lif` with options that were checked before: to check them anew takes a tenth of a small call."""
-    surrogate, options, steps, backend = checked
+    steps = checked.steps
     folded = steps is not None
     steps = _check_input(x, steps)
     if initial_potential is not None:
@@ -246,19 +255,9 @@ def run(
 
     spikes: Tensor
     potential: Tensor
-    if not _use_fused(backend, x, surrogate, smooth=options[6]):
-        decay, v_threshold, v_reset, soft_reset, detach_reset, strict_threshold, smooth, _, _ = options
+    if not _use_fused(x, checked):
         spikes, potential = reference.lif(
-            x.reshape(steps, x.shape[0] // steps, *x.shape[1:]) if folded else x,
-            initial_potential,
-            decay=decay,
-            v_threshold=v_threshold,
-            v_reset=v_reset,
-            soft_reset=soft_reset,
-            detach_reset=detach_reset,
-            strict_threshold=strict_threshold,
-            smooth=smooth,
-            surrogate=surrogate,
+            x.reshape(steps, x.shape[0] // steps, *x.shape[1:]) if folded else x, initial_potential, **checked.options
         )
         if folded:
             spikes = spikes.flatten(0, 1)
@@ -271,9 +270,13 @@ def run(
     if torch.is_grad_enabled() and (
         x.requires_grad or (initial_potential is not None and initial_potential.requires_grad)
     ):
-        spikes, potential = ops.FusedLIF.apply(x, initial_potential, (steps, options, return_potential))
+        result: Tensor | tuple[Tensor, Tensor]
+        result = ops.FusedLIF.apply(x, initial_potential, (steps, checked.neuron, return_potential))
+        if not return_potential:
+            return result
+        spikes, potential = result
     else:
-        spikes, potential, _ = ops.lif_forward(x, initial_potential, steps, *options, return_potential, False)
-    if not return_potential:
-        return spikes
+        spikes, potential, _ = ops.lif_forward(x, initial_potential, steps, checked.neuron, return_potential, False)
+        if not return_potential:
+            return spikes
     return spikes, potential if folded else potential.squeeze(0)

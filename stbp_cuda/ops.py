@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .surrogate import Surrogate
+
 try:
     from . import _C
 except ImportError as error:
@@ -21,13 +23,31 @@ except ImportError as error:
         "the installed package: run from elsewhere, or install with `pip install -e .`"
     ) from error
 
-__all__ = ["FusedLIF", "Options", "build_info", "chunk", "empty_cpu_cache", "fused_backend_problem", "state_dtype"]
-
-# decay, v_threshold, v_reset, soft_reset, detach_reset, strict_threshold, smooth, surrogate's name, width
-Options = tuple[float, float, float, bool, bool, bool, bool, str, float]
+__all__ = ["FusedLIF", "build_info", "chunk", "empty_cpu_cache", "fused_backend_problem", "neuron_text", "state_dtype"]
 
 lif_forward = torch.ops.stbp_cuda.lif_forward.default
 lif_backward = torch.ops.stbp_cuda.lif_backward.default
+
+
+def neuron_text(
+    *,
+    decay: float,
+    v_threshold: float,
+    v_reset: float,
+    soft_reset: bool,
+    detach_reset: bool,
+    strict_threshold: bool,
+    smooth: bool,
+    surrogate: Surrogate,
+) -> str:
+    """The operators' argument ``neuron``: in one word what else were nine, each of which would cost every call."""
+    return (
+        f"lif decay={float(decay)!r} v_threshold={float(v_threshold)!r} v_reset={float(v_reset)!r} "
+        f"reset={'soft' if soft_reset else 'hard'} detach_reset={detach_reset:d} "
+        f"strict_threshold={strict_threshold:d} smooth={smooth:d} "
+        f"surrogate={surrogate.name} width={float(surrogate.width)!r}"
+    )
+
 
 _INFO: dict[str, Any] = _C.build_info()
 
@@ -125,9 +145,8 @@ def _empty(x: Tensor, steps: int, count: int | None, dtype: torch.dtype) -> Tens
 
 @torch.library.register_fake("stbp_cuda::lif_forward")  # type: ignore[untyped-decorator]
 def _(
-    x: Tensor, initial_potential: Tensor | None, steps: int, *options: Any, **named: Any
+    x: Tensor, initial_potential: Tensor | None, steps: int, neuron: str, return_potential: bool, save_states: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return_potential, save_states = options[-2:]
     state = state_dtype(x.dtype)
     saved = (steps - 1) // chunk(x.device.type) if save_states else 0
     return (
@@ -145,41 +164,44 @@ def _(
     initial_potential: Tensor | None,
     states: Tensor,
     steps: int,
-    *options: Any,
+    neuron: str,
+    return_grad_initial: bool,
 ) -> tuple[Tensor, Tensor]:
     state = state_dtype(x.dtype)
     return (
         _empty(x, steps, None, x.dtype),
-        _empty(x, steps, 1, state) if options[-1] else x.new_empty(0, dtype=state),
+        _empty(x, steps, 1, state) if return_grad_initial else x.new_empty(0, dtype=state),
     )
 
 
 class FusedLIF(torch.autograd.Function):
     """The fused forward and backward passes as one differentiable function.
 
-    ``torch.library.register_autograd`` would do the same, but costs more on every call; so does each argument that is
-    no tensor, hence one for all of them.
+    Each argument and each result costs a microsecond on the way there and back, so that there are as few as can be.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, initial_potential: Tensor | None, call: tuple[int, Options, bool]
-    ) -> tuple[Tensor, Tensor]:
-        """Args: those of the operator, from ``steps`` on as (steps, options, return_potential).
+        ctx: Any, x: Tensor, initial_potential: Tensor | None, call: tuple[int, str, bool]
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Args: those of the operator; ``call`` is (steps, neuron, return_potential).
 
-        Returns the spikes and the final potential.
+        Returns the spikes, and the final potential if asked for.
         """
-        steps, options, return_potential = call
-        spikes, final_potential, states = lif_forward(x, initial_potential, steps, *options, return_potential, True)
+        steps, neuron, return_potential = call
+        spikes: Tensor
+        spikes, final_potential, states = lif_forward(x, initial_potential, steps, neuron, return_potential, True)
         ctx.save_for_backward(x, initial_potential, states)
         ctx.call = call
+        if not return_potential:
+            return spikes
         ctx.set_materialize_grads(False)
         return spikes, final_potential
 
     @staticmethod
-    def backward(ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Returns dL/dx and dL/d(initial potential)."""
-        # A decorator on this method would cost 5 us at every call.
+        # once_differentiable around this method would cost 5 us in every call.
         if torch.is_grad_enabled():  # create_graph=True
             return _refuse_second_derivatives(ctx, grad_spikes, grad_final)
         return _lif_gradients(ctx, grad_spikes, grad_final)
@@ -187,14 +209,12 @@ class FusedLIF(torch.autograd.Function):
 
 def _lif_gradients(ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
     x, initial_potential, states = ctx.saved_tensors
-    steps, options, returned_potential = ctx.call
+    steps, neuron, _ = ctx.call
     if grad_spikes is None:
         grad_spikes = torch.zeros_like(x)
-    if not returned_potential:
-        grad_final = None  # torch.compile hands a gradient even for the empty tensor in its place
-    wants_initial = ctx.needs_input_grad[1]
+    wants_initial = initial_potential is not None and ctx.needs_input_grad[1]
     grad_x, grad_initial = lif_backward(
-        grad_spikes, grad_final, x, initial_potential, states, steps, *options, wants_initial
+        grad_spikes, grad_final, x, initial_potential, states, steps, neuron, wants_initial
     )
     return grad_x, grad_initial if wants_initial else None, None
 

@@ -359,11 +359,21 @@ def test_half_types_are_vectorised(dtype: torch.dtype, surrogate: str, reset: st
 
     def seconds(dtype: torch.dtype) -> float:
         x = torch.randn(16, 8192).to(dtype)
-        options = (0.5, 0.75, 0.0, reset == "soft", detach_reset, False, False, surrogate, 1.0)
+        neuron = functional.check_options(
+            decay=0.5,
+            v_threshold=0.75,
+            surrogate=surrogate,
+            reset=reset,
+            v_reset=0.0,
+            detach_reset=detach_reset,
+            strict_threshold=False,
+            steps=None,
+            backend="fused",
+        ).neuron
         states = torch.empty(0)
         timer = torch.utils.benchmark.Timer(
-            "lif_backward(x, None, x, None, states, 16, *options, False)",
-            globals={"lif_backward": ops.lif_backward, "x": x, "states": states, "options": options},
+            "lif_backward(x, None, x, None, states, 16, neuron, False)",
+            globals={"lif_backward": ops.lif_backward, "x": x, "states": states, "neuron": neuron},
         )
         return min(timer.timeit(2).mean for _ in range(10))
 

@@ -9,14 +9,16 @@ from torch import Tensor
 
 from stbp_cuda import functional, ops
 
-#            decay, v_threshold, v_reset, soft_reset, detach_reset, strict_threshold, smooth, surrogate, width
-OPTIONS = (0.5, 0.75, 0.0, False, False, False, False, "rectangular", 1.0)
+NEURON = (
+    "lif decay=0.5 v_threshold=0.75 v_reset=0.0 reset=hard detach_reset=0 strict_threshold=0 smooth=0 "
+    "surrogate=rectangular width=1.0"
+)
 
 
 def forward_arguments(shape: tuple[int, ...], steps: int, device: str, dtype: torch.dtype = torch.float32) -> list[Any]:
     x = torch.randn(shape, device=device).to(dtype)
     initial = torch.randn((shape[0] // steps, *shape[1:]), device=device).to(ops.state_dtype(dtype))
-    return [x, initial, steps, *OPTIONS, True, True]
+    return [x, initial, steps, NEURON, True, True]
 
 
 def backward_arguments(
@@ -25,7 +27,7 @@ def backward_arguments(
     forward = forward_arguments(shape, steps, device, dtype)
     x, initial = forward[:2]
     _, final, states = ops.lif_forward(*forward)
-    return [torch.randn_like(x), torch.randn_like(final), x, initial, states, steps, *OPTIONS, True]
+    return [torch.randn_like(x), torch.randn_like(final), x, initial, states, steps, NEURON, True]
 
 
 SHAPES = [((3, 5), 3), ((70, 2, 4), 70), ((12, 2, 3, 3), 4), ((4, 0), 4), ((0, 2), 7)]
@@ -66,14 +68,12 @@ def layouts() -> dict[str, Tensor]:
 def test_the_fake_kernels_predict_shapes_and_strides(layout: str, folded: bool, device: str) -> None:
     x = layouts()[layout].to(device)
     steps = 1 if folded else x.shape[0]
-    outputs = ops.lif_forward(x, None, steps, *OPTIONS, True, True)
-    gradients = ops.lif_backward(torch.ones_like(x), None, x, None, outputs[2], steps, *OPTIONS, True)
+    outputs = ops.lif_forward(x, None, steps, NEURON, True, True)
+    gradients = ops.lif_backward(torch.ones_like(x), None, x, None, outputs[2], steps, NEURON, True)
     with torch._subclasses.FakeTensorMode() as mode:
         fake_x, *fake_outputs = (mode.from_tensor(t) for t in (x, *outputs))
-        predicted = ops.lif_forward(fake_x, None, steps, *OPTIONS, True, True)
-        predicted += ops.lif_backward(
-            torch.ones_like(fake_x), None, fake_x, None, fake_outputs[2], steps, *OPTIONS, True
-        )
+        predicted = ops.lif_forward(fake_x, None, steps, NEURON, True, True)
+        predicted += ops.lif_backward(torch.ones_like(fake_x), None, fake_x, None, fake_outputs[2], steps, NEURON, True)
     for real, fake in zip((*outputs, *gradients), predicted, strict=True):
         assert (fake.shape, fake.dtype, fake.device) == (real.shape, real.dtype, real.device)
         assert real.numel() == 0 or fake.stride() == real.stride()
@@ -88,9 +88,17 @@ def test_the_fake_kernels_predict_shapes_and_strides(layout: str, folded: bool, 
         (1, torch.zeros(1, 4, dtype=torch.float64), "initial_potential must have the dtype that goes with x's"),
         (2, 0, "steps must be at least 1, got 0"),
         (2, 4, "the first dimension of x must be a multiple of steps = 4, got x of shape (6, 4)"),
-        (9, True, "the smooth spike needs x in float64"),
-        (10, "triangle", "surrogate must be one of rectangular polynomial sigmoid gaussian atan fast_sigmoid, got tri"),
-        (11, 0.0, "width must be positive, got 0"),
+        (3, NEURON.replace("smooth=0", "smooth=1"), "the smooth spike needs x in float64"),
+        (
+            3,
+            NEURON.replace("rectangular", "triangle"),
+            "surrogate must be one of rectangular polynomial sigmoid gaussian atan fast_sigmoid, got triangle",
+        ),
+        (3, NEURON.replace("width=1.0", "width=0"), "width must be positive, got 0"),
+        (3, NEURON.replace("0.5", "half"), "neuron must have a number after ' decay=', got lif decay=half"),
+        (3, NEURON.replace(" reset=hard", ""), "neuron must go on with ' reset=' at ' detach_reset=0"),
+        (3, NEURON + " more", "neuron has more than it should, got lif decay=0.5"),
+        (3, "", "neuron must go on with 'lif' at '', got "),
     ],
 )
 def test_bad_arguments_of_forward(position: int, value: object, message: str) -> None:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <fstream>
 
 #include "../lif.h"
 
@@ -27,6 +28,29 @@ struct Kernels {
 template <class Scalar>
 bool aligned_for_streams(const Scalar* result, int64_t neurons) {
   return reinterpret_cast<uintptr_t>(result) % 64 == 0 && neurons % kBlock == 0;
+}
+
+inline int64_t last_cache_bytes() {
+  static const int64_t bytes = [] {
+    // Not sysconf(): glibc takes the caches of all of an AMD machine's chiplets for one.
+    int64_t kilobytes = 0;
+    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kilobytes;
+    return (kilobytes > 0 ? kilobytes : 32768) << 10;
+  }();
+  return bytes;
+}
+
+// Whether a call moves more than the last cache holds, to results that allow to pass it by.
+template <class Scalar>
+bool past_caches(const LifForward<Scalar>& io) {
+  return io.steps * io.neurons * int64_t(2 * sizeof(Scalar)) > last_cache_bytes() &&
+         aligned_for_streams(io.spikes, io.neurons) && aligned_for_streams(io.final_potential, io.neurons) &&
+         aligned_for_streams(io.states, io.neurons);
+}
+template <class Scalar>
+bool past_caches(const LifBackward<Scalar>& io) {
+  return io.steps * io.neurons * int64_t(3 * sizeof(Scalar)) > last_cache_bytes() &&
+         aligned_for_streams(io.grad_x, io.neurons) && aligned_for_streams(io.grad_initial, io.neurons);
 }
 
 namespace portable {

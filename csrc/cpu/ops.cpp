@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <fstream>
 #include <string>
 
 #include "../build_info.h"
@@ -60,20 +59,16 @@ struct Cpu {
 
   template <class Scalar>
   static void forward(const LifForward<Scalar>& io, const LifOptions& options, int) {
-    const int64_t moved = io.steps * io.neurons * int64_t(2 * sizeof(Scalar));
-    run(io.steps, io.neurons,
-        [&, past_caches = past_caches(moved, io.neurons, io.spikes, io.final_potential, io.states)](auto... range) {
-          kernels<Scalar>().forward(io, options, range..., past_caches);
-        });
+    run(io, [&, past_caches = cpu::past_caches(io)](int64_t first, int64_t last) {
+      kernels<Scalar>().forward(io, options, first, last, past_caches);
+    });
   }
 
   template <class Scalar>
   static void backward(const LifBackward<Scalar>& io, const LifOptions& options, int) {
-    const int64_t moved = io.steps * io.neurons * int64_t(3 * sizeof(Scalar));
-    run(io.steps, io.neurons,
-        [&, past_caches = past_caches(moved, io.neurons, io.grad_x, io.grad_initial)](auto... range) {
-          kernels<Scalar>().backward(io, options, range..., past_caches);
-        });
+    run(io, [&, past_caches = cpu::past_caches(io)](int64_t first, int64_t last) {
+      kernels<Scalar>().backward(io, options, first, last, past_caches);
+    });
   }
 
   static Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
@@ -96,26 +91,14 @@ struct Cpu {
   }
 
  private:
-  // Whether a call moves more than the last cache holds, to results that allow it.
-  template <class... T>
-  static bool past_caches(int64_t moved, int64_t neurons, const T*... results) {
-    static const int64_t last_cache = [] {
-      // Not sysconf(): glibc takes the caches of all of an AMD machine's chiplets for one.
-      int64_t kilobytes = 0;
-      std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kilobytes;
-      return (kilobytes > 0 ? kilobytes : 32768) << 10;
-    }();
-    return moved > last_cache && (cpu::aligned_for_streams(results, neurons) && ...);
-  }
-
-  template <class Run>
-  static void run(int64_t steps, int64_t neurons, const Run& range) {
+  template <class Io, class Range>
+  static void run(const Io& io, const Range& range) {
     using cpu::kBlock;
     // A thread is worth waking for about this many updates.
     constexpr int64_t kUpdatesPerThread = 16384;
-    const int64_t grain = std::max<int64_t>(1, kUpdatesPerThread / (steps * kBlock));
-    torch::stable::parallel_for(0, (neurons + kBlock - 1) / kBlock, grain, [&](int64_t first, int64_t last) {
-      range(first * kBlock, std::min(last * kBlock, neurons));
+    const int64_t grain = std::max<int64_t>(1, kUpdatesPerThread / (io.steps * kBlock));
+    torch::stable::parallel_for(0, (io.neurons + kBlock - 1) / kBlock, grain, [&](int64_t first, int64_t last) {
+      range(first * kBlock, std::min(last * kBlock, io.neurons));
     });
   }
 };
