@@ -1,55 +1,206 @@
-"""The benchmark runs, and tells what it measured."""
+"""The benchmarks run, tell what they measured, and hold every rival that is installed against the eager loop."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import harness
 import matplotlib.image
 import pytest
+import rivals
+import speed
+import torch
 
-SPEED = Path(__file__).parent.parent / "bench" / "speed.py"
+BENCH = Path(__file__).parent.parent / "bench"
+INSTALLED = [name for name, rival in rivals.RIVALS.items() if not rival.problem(torch.device("cpu"))]
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", str(BENCH / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def result(done: subprocess.CompletedProcess[str], folder: Path, name: str, *pictures: str) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr[-5000:]
+    for picture in pictures:
+        assert matplotlib.image.imread(folder / f"{picture}.png").std() > 0.05
+    written = json.loads((folder / f"{name}.json").read_text())
+    assert {"date", "cpu", "threads", "torch", "stbp_cuda", "cpu_instruction_set"} <= written["machine"].keys()
+    return written
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", rivals.RIVALS)
+def test_rival_computes_the_same(name: str, dtype: torch.dtype, device: str) -> None:
+    rival = rivals.RIVALS[name]
+    if problem := rival.problem(torch.device(device)):
+        pytest.skip(problem)
+    if name == "compile" and dtype != torch.float32:
+        pytest.skip("compiling takes long; bench/speed.py checks it in every dtype")
+    layer = rival.layer(torch.device(device))
+    for steps in (5, 2) if name != "compile" else (3,):  # another shape, and nothing is left from the call before
+        x, grad = rivals.random_input(steps, 30_000, dtype, torch.device(device), seed=steps)
+        for pass_ in rivals.PASSES.values():
+            counts = rivals.check(rival, pass_(layer, x, grad), x, grad)
+            assert counts["of"] == x.numel()
+            if rival.exact:
+                assert counts["spikes"] == counts.get("gradients", 0) == 0
+
+
+def test_check_sees_what_is_wrong() -> None:
+    x, grad = rivals.random_input(4, 1000, torch.float32, torch.device("cpu"))
+    spikes, grad_x = rivals.forward_backward(rivals.unbind, x, grad)
+    wrong = spikes.clone()
+    wrong[2, 7] = 1 - wrong[2, 7]
+    with pytest.raises(AssertionError, match="'spikes': 1, 'gradients': 0"):
+        rivals.check(rivals.RIVALS["ours"], (wrong, grad_x), x, grad)
+    with pytest.raises(AssertionError, match=r"'spikes': 0, 'gradients': \d{4}"):  # of another surrogate
+        rivals.check(rivals.RIVALS["norse"], (spikes, grad_x), x, grad)
+    detached = rivals.forward_backward(
+        lambda x: rivals.stbp_cuda.functional.lif(x, decay=rivals.DECAY, detach_reset=True), x, grad
+    )
+    with pytest.raises(AssertionError, match=r"'spikes': 0, 'gradients': \d+"):
+        rivals.check(rivals.RIVALS["ours"], detached, x, grad)
+
+
+def test_measure_takes_turns_within_bounds() -> None:
+    calls: list[str] = []
+    runs = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    times = harness.measure(runs, 0.01, torch.device("cpu"))
+    assert times.keys() == runs.keys()
+    for name, seen in times.items():
+        assert seen["samples"] >= harness.FEWEST_ROUNDS
+        assert seen["calls"] > 1  # they are short
+        assert seen["quartiles"][0] <= seen["median"] <= seen["quartiles"][1]
+        assert calls.count(name) >= seen["samples"] * seen["calls"]
+
+
+def test_peak_memory_counts_what_is_freed_again() -> None:
+    megabytes = 64
+
+    def step() -> None:
+        torch.ones(megabytes, 2**18)
+
+    peak = harness.peak_memory(step, torch.device("cpu"))
+    if peak is None:
+        pytest.skip("the peak of a process is known on Linux only")
+    assert peak == pytest.approx(megabytes * 2**20, rel=0.05)
+
+
+def test_budget_leaves_out_what_takes_too_long() -> None:
+    args = speed.argparse.Namespace(longest=2.0, compile_steps=16)
+    budget = speed.Budget(args, torch.device("cpu"))
+    assert budget.problem("eager", "float32", "fwd", 4, 100) is None
+    assert budget.took("eager", "float32", "fwd", 4, 100, 1.0) is None
+    assert budget.problem("eager", "float32", "fwd", 8, 100) is None
+    assert "expected" in (budget.problem("eager", "float32", "fwd", 16, 100) or "")
+    assert "expected" in (budget.problem("eager", "float32", "fwd", 32, 100) or "")
+    assert budget.problem("eager", "bfloat16", "fwd", 32, 100) is None
+    assert "more than 2 s" in (budget.took("eager", "bfloat16", "fwd", 32, 100, 3.0) or "")
+    assert "unrolls" in (budget.problem("compile", "float32", "fwd", 17, 1) or "")
+    assert "memory" in (budget.problem("unbind", "float32", "fwd", 2**20, 2**20) or "")
+    assert not budget.fits("ours", "float32", 2**20, 2**20)
 
 
 def test_speed(tmp_path: Path) -> None:
-    small = ("--device", "cpu", "--dtypes", "float32", "bfloat16", "--steps", "3", "--neurons", "1000", "40000")
-    command = [sys.executable, str(SPEED), *small, "--seconds", "0.05", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
-    assert matplotlib.image.imread(tmp_path / "speed-cpu.png").std() > 0.05
-    result = json.loads((tmp_path / "speed-cpu.json").read_text())
-    assert {"date", "cpu", "torch", "cpu_instruction_set"} <= result["machine"].keys()
-    assert [(p["dtype"], p["steps"], p["neurons"], p["pass"]) for p in result["points"]] == [
-        (dtype, 3, neurons, part)
+    small = ("--device", "cpu", "--dtypes", "float32", "bfloat16", "--steps", 1, 17, "--neurons", 1000, 40000)
+    few = ("--seconds", 0.02, "--compile-steps", 1, "--out", tmp_path)
+    done = run("speed.py", *small, *few)
+    written = result(done, tmp_path, "speed-cpu", "speed-cpu", "roofline-cpu")
+    grid = [
+        (dtype, steps, neurons, part)
         for dtype in ("float32", "bfloat16")
         for neurons in (1000, 40000)
+        for steps in (1, 17)
         for part in ("fwd", "fwd+bwd")
     ]
-    for point in result["points"]:
-        times = point["times"]
-        assert times.keys() == {"ours", "eager", "unbind", "compile", "copy"}
-        assert "failed" not in times["compile"]
+    assert [(p["dtype"], p["steps"], p["neurons"], p["pass"]) for p in written["points"]] == grid
+    names = set(written["rivals"])
+    assert names == set(INSTALLED)
+    assert written["unavailable"].keys() == rivals.RIVALS.keys() - names
+    for point in written["points"]:
+        times, left_out = point["times"], point["left_out"]
+        assert left_out.keys() == ({"compile"} if point["steps"] == 17 else set())
+        assert times.keys() == names - left_out.keys() | {"clone", "copy_"}
+        assert point["ratios"].keys() == names - left_out.keys() - {"ours"}
         for rival, ratio in point["ratios"].items():
             assert ratio == pytest.approx(times[rival]["median"] / times["ours"]["median"])
+            assert times[rival]["different"]["of"] == point["steps"] * point["neurons"]
         size = {"float32": 4, "bfloat16": 2}[point["dtype"]]
-        assert point["moved_bytes"] == 3 * point["neurons"] * size * (2 if point["pass"] == "fwd" else 4)
-        assert point["gb_per_s"] == pytest.approx(point["moved_bytes"] / times["ours"]["median"] / 1e9)
-        assert f"{point['dtype']:<9}{3:>4}{point['neurons']:>11,}  {point['pass']}" in done.stdout
-    assert result["summary"]["targets"].keys()
-    assert "torch.compile" in done.stdout
+        moved = point["steps"] * point["neurons"] * size * (2 if point["pass"] == "fwd" else 4)
+        assert point["moved_bytes"] == moved
+        assert point["gb_per_s"] == pytest.approx(moved / times["ours"]["median"] / 1e9)
+        assert f"{point['dtype']:<9}{point['steps']:>5}{point['neurons']:>11,}  {point['pass']}" in done.stdout
+    assert written["summary"]["against"]["eager"]["points"] == len(grid)
+    assert "no result  SpikingJelly, native" in done.stdout
+    assert "it unrolls T" in done.stdout
+    for target in written["summary"]["targets"]:
+        assert target in done.stdout
+
+
+def test_memory(tmp_path: Path) -> None:
+    few = ("--steps", 40, "--neurons", 2**16, "--rivals", "ours", "unbind", "spikingjelly-triton", "--out", tmp_path)
+    written = result(run("memory.py", "--device", "cpu", *few), tmp_path, "memory-cpu", "memory-cpu")
+    points = {point["name"]: point for point in written["points"]}
+    assert {"ours", "unbind", "spikingjelly-triton"} <= points.keys()
+    x = 40 * 2**16 * 4
+    ours, loop = points["ours"], points["unbind"]
+    assert ours["kept"] == ours["known"]["bytes"] * 40 * 2**16  # to the byte
+    assert ours["kept_input"] == x < ours["kept"]  # 40 steps are more than K
+    assert loop["kept_input"] == 0
+    assert loop["kept"] > 2 * ours["kept"]
+    for point in ours, loop:
+        assert point["per_neuron_step"]["kept"] == point["kept"] / (x / 4)
+        if point["growth"] is not None:
+            assert point["growth"] == pytest.approx(point["kept"] - point["kept_input"] + point["spikes"], rel=0.2)
+        assert point["peak"] is None or point["peak"] > point["growth"]
+    assert written["not_measured"] == {"float32 spikingjelly-triton": "needs a CUDA GPU"}
+
+
+def test_overhead(tmp_path: Path) -> None:
+    done = run("overhead.py", "--device", "cpu", "--seconds", 0.05, "--out", tmp_path)
+    written = result(done, tmp_path, "overhead-cpu", "overhead-cpu")
+    both, parts = written["times"]["forward and backward"], written["times"]["parts"]
+    assert both["x * 2"]["median"] < both["LIFLayer"]["median"] < both["eager loop"]["median"]
+    assert parts["operator, forward"]["median"] < parts["LIFLayer, forward"]["median"] < both["LIFLayer"]["median"]
+    assert "at most 60 us on the host" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_kernels(tmp_path: Path) -> None:
+    """Compiles them with the flags of the package, in half a minute, and tries the narrowest and the widest."""
+    small = ("--dtypes", "float32", "--steps", 3, "--neurons", 1000, 40000, "--seconds", 0.01, "--out", tmp_path)
+    written = result(run("kernels.py", *small, "--all-instruction-sets"), tmp_path, "kernels-cpu", "kernels-cpu")
+    seen = [(p["instruction_set"], p["threads"], p["neurons"]) for p in written["points"]]
+    assert seen[:2] == [("portable", 1, 1000), ("portable", 1, 40000)]
+    assert seen[-1] == (written["machine"]["cpu_instruction_set"], torch.get_num_threads(), 40000)
+    for point in written["points"]:
+        times = {name: of["median"] for name, of in point["times"].items()}
+        assert times["copy"] > 0
+        assert point["of_a_copy"]["fwd"] == pytest.approx(times["copy"] / times["fwd"])
+        assert point["of_a_copy"]["bwd"] == pytest.approx(1.5 * times["copy"] / times["bwd"])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("script", "arguments", "message"),
     [
-        (["--steps", "0"], "--steps, --neurons, --seconds and --threads must be positive"),
-        (["--device", "abacus"], "abacus"),
-        (["--steps", "1000000", "--neurons", "1000000", "--device", "cpu"], "no point is left to measure"),
+        ("speed.py", ["--steps", "0"], "--steps: must be a positive number, got '0'"),
+        ("speed.py", ["--seconds", "inf"], "--seconds: must be a positive number, got 'inf'"),
+        ("speed.py", ["--device", "abacus"], "abacus"),
+        ("speed.py", ["--rivals", "brian"], "brian"),
+        ("speed.py", ["--steps", 10**6, "--neurons", 10**6, "--device", "cpu"], "no point is left to measure"),
+        ("memory.py", ["--neurons", "many"], "--neurons: must be a positive number, got 'many'"),
+        ("memory.py", ["--device", "meta:1"], "meta"),
+        ("overhead.py", ["--neurons", "0"], "--neurons: must be a positive number, got '0'"),
+        ("kernels.py", ["--dtypes", "int8"], "int8"),
+        ("memory.py", ["--out", "/dev/null/x"], "/dev/null"),
     ],
 )
-def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(SPEED), *arguments, "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
+def test_bad_arguments(script: str, arguments: list[object], message: str, tmp_path: Path) -> None:
+    done = run(script, "--out", tmp_path, *arguments)
+    assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,0 +1,179 @@
+"""Where the host's time goes in a small layer: forward and backward of so few neurons that the kernels take none of it.
+
+    python bench/overhead.py            on the GPU if there is one
+    python bench/overhead.py --help     everything else
+
+Times, in the same run: ``x * 2``, which has the cost of any differentiable operation; the layer; each of its parts,
+from the operator up; other ways to write the autograd function; and the rivals. On a GPU the kernels run on while the
+host goes ahead, and the clock is the host's. Prints a table, writes overhead-<device>.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import torch
+from matplotlib.figure import Figure
+from rivals import RIVALS, random_input
+from torch import Tensor
+
+import stbp_cuda
+from stbp_cuda import functional, ops
+
+TARGET = 60e-6  # seconds of forward and backward, beside the kernels
+LEFT_OUT = ("ours", "compile")  # of the rivals: the layer has its own line, and a compiled function runs no Python
+
+
+class Times2(torch.autograd.Function):
+    """What ``torch.autograd.Function`` costs by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * 2
+
+
+class Decorated(torch.autograd.Function):
+    """The layer's function with the customary decorator."""
+
+    forward = ops.FusedLIF.forward
+    backward = staticmethod(torch.autograd.function.once_differentiable(ops.FusedLIF.backward))
+
+
+def registered() -> Callable[..., Tensor]:
+    """The layer's function as ``torch.library`` would have it: an operator with a registered gradient."""
+
+    @torch.library.custom_op("stbp_cuda_bench::lif", mutates_args=())
+    def lif(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        spikes, _, states = ops.lif_forward(x, None, steps, NEURON, False, True)
+        return spikes, states
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, ctx.steps = inputs
+        ctx.save_for_backward(x, output[1])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, grad_spikes: Tensor, grad_states: None) -> tuple[Tensor, None]:
+        x, states = ctx.saved_tensors
+        return ops.lif_backward(grad_spikes, None, x, None, states, ctx.steps, NEURON, False)[0], None
+
+    lif.register_autograd(backward, setup_context=setup_context)
+    return lambda x, steps: lif(x, steps)[0]
+
+
+NEURON = functional.check_options(
+    decay=0.5,
+    v_threshold=0.75,
+    surrogate="rectangular",
+    reset="hard",
+    v_reset=0.0,
+    detach_reset=False,
+    strict_threshold=False,
+    steps=None,
+    backend="fused",
+).neuron
+
+
+def both_ways(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> None:
+    x.grad = None
+    function(x).backward(grad)
+
+
+def host_seconds(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, Any]]:
+    """By the host's clock, whatever the device: its work is not waited for, but between the samples."""
+    times = harness.measure(runs, seconds * len(runs), torch.device("cpu"))
+    for value in times.values():
+        value["microseconds"] = 1e6 * value["median"]
+    return times
+
+
+def contestants(steps: int, neurons: int, device: torch.device) -> dict[str, dict[str, Callable[[], object]]]:
+    x, grad = random_input(steps, neurons, torch.float32, device)
+    plain = x.detach()
+    layer = stbp_cuda.LIFLayer(0.5, 0.75, backend="fused")
+    checked = functional.check_options(**{name: getattr(layer, name) for name in CHECKED})
+    states = ops.lif_forward(plain, None, steps, NEURON, False, True)[2]
+    way = functools.partial(both_ways, x=x, grad=grad)
+    return {
+        "forward and backward": {
+            "x * 2": lambda: way(lambda x: x * 2),
+            "x * 2 as an autograd.Function": lambda: way(Times2.apply),
+            "LIFLayer": lambda: way(layer),
+            "its autograd.Function": lambda: way(
+                lambda x: ops.FusedLIF.apply(x, None, (steps, NEURON, False)),
+            ),
+            "with once_differentiable": lambda: way(lambda x: Decorated.apply(x, None, (steps, NEURON, False))),
+            "with register_autograd": functools.partial(way, functools.partial(registered(), steps=steps)),
+            **{
+                rival.label: functools.partial(way, rival.layer(device))
+                for name, rival in RIVALS.items()
+                if name not in LEFT_OUT and rival.problem(device) is None
+            },
+        },
+        "parts": {
+            "operator, forward": lambda: ops.lif_forward(plain, None, steps, NEURON, False, True),
+            "operator, backward": lambda: ops.lif_backward(grad, None, plain, None, states, steps, NEURON, False),
+            "autograd.Function, forward": lambda: ops.FusedLIF.apply(x, None, (steps, NEURON, False)),
+            "checks of x, and the Function": lambda: functional.run(x, checked, None, False),
+            "LIFLayer, forward": lambda: layer(x),
+            "functional.lif, forward": lambda: functional.lif(x, backend="fused"),
+            "LIFLayer, forward, no_grad": lambda: layer(plain),
+            "x * 2, no_grad": lambda: plain * 2,
+        },
+    }
+
+
+CHECKED = (
+    *("decay", "v_threshold", "surrogate", "reset", "v_reset", "detach_reset", "strict_threshold", "steps", "backend"),
+)
+
+
+def picture(times: dict[str, dict[str, Any]], machine: dict[str, Any], shape: str) -> Figure:
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    names = list(times)[::-1]
+    bars = axis.barh(names, [times[name]["microseconds"] for name in names], color="tab:blue")
+    axis.bar_label(bars, fmt="%.0f", padding=3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+    axis.axvline(1e6 * TARGET, color="black", linewidth=1, linestyle="--", zorder=0)
+    axis.set(xlabel=f"us of the host (dashed: the {1e6 * TARGET:.0f} that the layer may take)")
+    axis.margins(x=0.1)
+    axis.set_title(f"Forward and backward of {shape} neurons\n{harness.where(machine)}", fontsize="medium")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    harness.add_arguments(parser, seconds=1.0, quick_seconds=0.2)
+    parser.add_argument("--steps", type=harness.positive(int), default=4, metavar="T", help="default 4")
+    parser.add_argument("--neurons", type=harness.positive(int), default=32, metavar="N", help="default 32")
+    args = parser.parse_args()
+    device = harness.prepare(parser, args)
+    machine = harness.describe(device)
+    times = {}
+    for title, runs in contestants(args.steps, args.neurons, device).items():
+        times[title] = host_seconds(runs, args.seconds)
+        harness.synchronize(device)
+        print(f"\n{title + ', us':<40}{'median':>9}   25-75 %")
+        for name, value in times[title].items():
+            low, high = (1e6 * number for number in value["quartiles"])
+            print(f"{name:<40}{value['microseconds']:>9.1f}   {low:.1f}-{high:.1f}")
+    both = times["forward and backward"]
+    # The kernels of so few neurons take well under a microsecond of this.
+    host = both["LIFLayer"]["median"]
+    print(f"\n{'met' if host <= TARGET else 'NOT MET':<9}at most {1e6 * TARGET:.0f} us on the host: {1e6 * host:.1f}")
+    shape = f"{args.steps} x {args.neurons}"
+    name = f"overhead-{device.type}{'-quick' if args.quick else ''}"
+    result = {"machine": machine, "steps": args.steps, "neurons": args.neurons, "times": times, "target": TARGET}
+    harness.write_json(args.out / f"{name}.json", result)
+    harness.save(picture(both, machine, shape), args.out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
