@@ -29,13 +29,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from matplotlib.figure import Figure
 
 import stbp_cuda
 from stbp_cuda.ops import fused_backend_problem
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Result = TypeVar("Result")
 Number = TypeVar("Number", int, float)

@@ -1,18 +1,26 @@
 """The benchmarks run, tell what they measured, and hold every rival that is installed against the eager loop."""
 
+import dataclasses
+import itertools
 import json
+import random
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import compare
 import harness
 import matplotlib.image
 import pytest
 import rivals
 import speed
 import torch
+import train_step
+
+import stbp_cuda
 
 BENCH = Path(__file__).parent.parent / "bench"
 INSTALLED = [name for name, rival in rivals.RIVALS.items() if not rival.problem(torch.device("cpu"))]
@@ -184,6 +192,96 @@ def test_kernels(tmp_path: Path) -> None:
         assert point["of_a_copy"]["bwd"] == pytest.approx(1.5 * times["copy"] / times["bwd"])
 
 
+def test_train_step(tmp_path: Path) -> None:
+    few = ("--networks", "mnist-cnn", "--steps", 3, "--batch", 4, "--seconds", 0.02, "--malloc", "keep")
+    written = result(
+        run("train_step.py", "--device", "cpu", *few, "--out", tmp_path), tmp_path, "train_step-cpu", "train_step-cpu"
+    )
+    names = {"ours", "ours-channels-last", "loop"} | {"spikingjelly", "snntorch"} & set(INSTALLED)
+    assert {point["name"] for point in written["points"]} == names
+    for point in written["points"]:
+        assert 0 <= point["neurons_share"] < 1
+        assert point["different"]["rates"] <= train_step.RATES_MAY_DIFFER
+        assert point["samples_per_second"] == pytest.approx(4 / point["median"])
+        assert point["peak"] is None or point["peak"] > 0
+    assert len(written["targets"]) == len({"loop", "spikingjelly"} & names)
+
+
+@pytest.mark.parametrize("network", train_step.NETWORKS)
+def test_every_network_is_that_of_the_paper(network: str) -> None:
+    """Its parameters by the numbers, and a step that trains them."""
+    parameters = {
+        "mlp": 784 * 800 + 800 + 800 * 10 + 10,
+        "mnist-cnn": 25 * 15 + 15 + 15 * 25 * 40 + 40 + 40 * 16 * 300 + 300 + 3000 + 10,
+        "cifarnet": sum(9 * a * b + b for a, b in itertools.pairwise((3, 128, 256, 512, 1024, 512)))
+        + (512 * 64 * 1024 + 1024)
+        + (1024 * 512 + 512)
+        + (512 * 100 + 100),
+    }
+    modules = train_step.NETWORKS[network].modules()
+    assert sum(p.numel() for module in modules for p in module.parameters()) == parameters[network]
+
+
+def test_train_step_sees_another_neuron() -> None:
+    network = dataclasses.replace(train_step.NETWORKS["mlp"], steps=4, batch=3)
+    x, y = train_step.data(network, torch.device("cpu"))
+    state = train_step.weights(network, x)
+    expected = train_step.results("ours", network, state, x, y)
+    assert expected[0].max() > 0  # neurons fire
+    train_step.check("loop", train_step.results("loop", network, state, x, y), expected)
+    leakier = dataclasses.replace(network, decay=0.05)
+    with pytest.raises(AssertionError, match=r"loop differs from ours in .* of the gradient"):
+        train_step.check("loop", train_step.results("loop", leakier, state, x, y), expected)
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Path:
+    """An interpreter whose stbp_cuda waits in every call of a layer."""
+    package = shutil.copytree(Path(stbp_cuda.__file__).parent, tmp_path / "slow" / "stbp_cuda")
+    with (package / "layers.py").open("a") as file:
+        file.write(
+            "\nimport time\n_forward = LIFLayer.forward\n"
+            "LIFLayer.forward = lambda self, x: (time.sleep(0.003), _forward(self, x))[1]\n"
+        )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "slow"} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+def test_compare(slow: Path) -> None:
+    few = ("--rounds", 3, "--seconds", 0.01)
+    done = run("compare.py", sys.executable, slow, *few)
+    assert done.returncode == 1, done.stderr[-5000:]
+    assert "B is slower than A by more than 5 %" in done.stdout
+    assert re.search(r"^all +[1-9][\d.]* .* B is slower$", done.stdout, re.MULTILINE)
+
+
+def test_compare_judges_by_the_interval() -> None:
+    generator = random.Random(0)
+
+    def rounds(ratio: float, noise: float, count: int = 8) -> list[tuple[dict[str, float], dict[str, float]]]:
+        cases = ("a", "b", "c")
+        return [
+            (dict.fromkeys(cases, 1.0), {case: ratio * generator.gauss(1, noise) for case in cases})
+            for _ in range(count)
+        ]
+
+    assert compare.judge(rounds(1.10, 0.01), 1.05)[1]
+    assert not compare.judge(rounds(1.00, 0.01), 1.05)[1]
+    assert not compare.judge(rounds(1.04, 0.005), 1.05)[1]
+    assert not compare.judge(rounds(1.07, 0.2), 1.05)[1]  # it may be noise
+    one = [(a, {**b, "b": 1.5}) for a, b in rounds(1.0, 0.01)]
+    lines, slower = compare.judge(one, 1.05)
+    assert slower
+    assert "B is slower" in next(line for line in lines if line.startswith("b "))
+
+
+def test_the_pages_hold_the_figures_of_the_results() -> None:
+    done = run("report.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -196,11 +294,28 @@ def test_kernels(tmp_path: Path) -> None:
         ("memory.py", ["--device", "meta:1"], "meta"),
         ("overhead.py", ["--neurons", "0"], "--neurons: must be a positive number, got '0'"),
         ("kernels.py", ["--dtypes", "int8"], "int8"),
+        ("train_step.py", ["--networks", "resnet"], "resnet"),
+        ("train_step.py", ["--batch", "-1"], "--batch: must be a positive number, got '-1'"),
         ("memory.py", ["--out", "/dev/null/x"], "/dev/null"),
     ],
 )
 def test_bad_arguments(script: str, arguments: list[object], message: str, tmp_path: Path) -> None:
     done = run(script, "--out", tmp_path, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-commit", "HEAD"], "'no-such-commit' is neither a commit of this repository nor an environment"),
+        (["/bin/false", "HEAD"], "'/bin/false' has no stbp_cuda that can be imported"),
+        (["HEAD", "HEAD", "--rounds", "1"], "--rounds must be at least 3"),
+    ],
+)
+def test_bad_arguments_of_compare(arguments: list[str], message: str) -> None:
+    done = run("compare.py", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

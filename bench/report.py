@@ -1,0 +1,162 @@
+"""Writes the figures of bench/results/ into README.md and docs/performance.md, so that nobody copies them by hand.
+
+python bench/report.py            rewrites every block between <!-- figures: NAME --> and <!-- end -->
+python bench/report.py --check    only says whether they are what the results hold
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def about(machine: dict[str, Any]) -> str:
+    text = f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_instruction_set']}"
+    if machine["gpu"]:
+        text = f"{machine['gpu']}, driver {machine['driver']}"
+    return f"On {text}; torch {machine['torch']}, {machine['date'][:10]}.\n\n"
+
+
+def times(number: float) -> str:
+    return f"{number:.2f} x" if number < 10 else f"{number:.1f} x"
+
+
+def targets(found: dict[str, bool | None]) -> str:
+    words = {True: "met", False: "**not met**", None: "not known"}
+    return "".join(f"- {words[met]}: {target}\n" for target, met in found.items())
+
+
+def speed() -> str:
+    result = load("speed-cpu")
+    rows = []
+    for name, seen in result["summary"]["against"].items():
+        if name == "clone" or not seen:
+            continue
+        below = "; ".join(seen["below_at"]) or "nowhere"
+        rows.append(
+            [
+                result["rivals"][name]["label"],
+                times(seen["median"]),
+                times(seen["medians"]["float32 fwd"]),
+                times(seen["worst"]),
+                seen["worst_at"],
+                below,
+            ]
+        )
+    head = ["stbp_cuda is, against", "training, median", "inference fp32, median", "worst", "at", "slower at"]
+    return about(result["machine"]) + table(head, rows)
+
+
+def speed_targets() -> str:
+    return targets(load("speed-cpu")["summary"]["targets"])
+
+
+def train_step() -> str:
+    result = load("train_step-cpu")
+    rows = []
+    for point in result["points"]:
+        rows.append(
+            [
+                f"{point['network']}, T {point['steps']}, batch {point['batch']}",
+                point["label"],
+                "keeps" if point["malloc"] == "keep" else "default",
+                f"{1e3 * point['median']:,.0f}",
+                f"{point['neurons_share']:.0%}",
+                times(point["ratio"]),
+                f"{point['peak'] / 2**20:,.0f}" if point["peak"] else "not known",
+            ]
+        )
+    head = ["network", "", "malloc", "ms a step", "of it neurons", "of ours", "peak MiB"]
+    return about(result["machine"]) + table(head, rows)
+
+
+def train_step_targets() -> str:
+    lines = ""
+    for target, seen in load("train_step-cpu")["targets"].items():
+        word = "met" if seen["met"] else "**not met**"
+        lines += f"- {word}: {target}, both with malloc told to keep its memory: {seen['ratio']:.2f} x"
+        lines += f" ({seen['to_its_default']:.2f} x if only ours is)\n" if seen["to_its_default"] else "\n"
+    return lines
+
+
+def memory() -> str:
+    result = load("memory-cpu")
+    rows = []
+    for point in result["points"]:
+        of, known = point["per_neuron_step"], point["known"]
+        measured = [f"{of[key]:.2f}" if of.get(key) is not None else "" for key in ("kept", "kept_input", "peak")]
+        rows.append([point["label"], *measured, f"{known['bytes']:.2f}, {known['what']}" if known else ""])
+    head = ["bytes for each neuron and step, fp32", "kept", "of it x itself", "peak", "kept by design"]
+    return about(result["machine"]) + table(head, rows)
+
+
+def overhead() -> str:
+    result = load("overhead-cpu")
+    rows = []
+    for title, seen in result["times"].items():
+        rows.append([f"*{title}*", ""])
+        rows += [[name, f"{value['microseconds']:.1f}"] for name, value in seen.items()]
+    return about(result["machine"]) + table(["us of the host", ""], rows)
+
+
+def kernels() -> str:
+    result = load("kernels-cpu")
+    rows = []
+    for name, seen in result["summary"].items():
+        share, gain = seen["of_a_copy"], seen["gain_of_all_threads"]
+        rows.append(
+            [
+                name,
+                f"{share['median']:.0%}",
+                f"{share['worst']:.0%}",
+                f"{seen['met_at']} of {seen['points']}",
+                times(gain) if gain else "",
+            ]
+        )
+    head = ["", "of a copy, median", "worst", "at least 80 % at", "all threads against one"]
+    return about(result["machine"]) + table(head, rows)
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    figure.__name__: figure
+    for figure in (speed, speed_targets, train_step, train_step_targets, memory, overhead, kernels)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a page holds other figures")
+    args = parser.parse_args()
+    stale = []
+    for page in PAGES:
+        before = page.read_text()
+        after = BLOCK.sub(lambda found: found[1] + FIGURES[found[2]]().rstrip("\n") + "\n" + found[3], before)
+        if after != before:
+            stale.append(page.name)
+            if not args.check:
+                page.write_text(after)
+    if args.check and stale:
+        sys.exit(f"{', '.join(stale)} hold other figures than bench/results/: run `python bench/report.py`")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,534 @@
+"""How long one training step of the papers' networks takes, the neurons' share of it, and how much memory it needs.
+
+    python bench/train_step.py            all networks, on the GPU if there is one
+    python bench/train_step.py --quick    fewer steps and samples
+    python bench/train_step.py --help     everything else
+
+A step is zero_grad, forward, the squared error of the firing rates, backward, and SGD. The networks are 784-800-10 and
+15C5-P2-40C5-P2-300-10 of arXiv:1706.02609 on random spikes, and CIFARNet of arXiv:1809.05793 on random images, whose
+first convolution all contestants compute once for all steps. All have the same weights and the same neurons, and are
+checked before they are timed to give the same rates and gradients; where sums round differently, a few spikes differ,
+and the output says how many.
+
+The neurons' share is what a step takes beyond the same step without neurons. The peak is that of a step in a fresh
+process, beside weights and input. On Linux every measurement is also made with the settings of malloc that the README
+recommends, for all contestants. Prints a table, writes train_step-<device>.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import harness
+import torch
+from matplotlib.figure import Figure
+from rivals import Spike, load
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import stbp_cuda
+from stbp_cuda.surrogate import Rectangular
+
+# Freed memory is neither given back nor mapped anew: the page faults of fresh tensors cost as much as the convolutions.
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+MALLOC = {"default": {}, "keep": KEEP}
+RATES_MAY_DIFFER, GRADIENTS_MAY_DIFFER = 0.02, 0.05  # of all rates; of the gradient, in the 2-norm
+TARGETS = {("mnist-cnn", "loop"): 1.5, ("mnist-cnn", "spikingjelly"): 2.0}  # with malloc told to keep its memory
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the papers; neurons follow every convolution and every linear layer.
+
+    Attributes:
+        input: the shape of a sample.
+        layers: "15C5" (15 maps, 5 x 5), "P2" (2 x 2 average pooling), "300" (a linear layer).
+        padding: of the convolutions.
+        direct: whether the input is a real-valued image, the same in every step, and not spikes.
+        voters: output neurons for each of the ten classes.
+    """
+
+    input: tuple[int, ...]
+    layers: str
+    steps: int
+    batch: int
+    decay: float
+    v_threshold: float
+    padding: int = 0
+    direct: bool = False
+    voters: int = 1
+
+    def modules(self) -> list[nn.Module]:
+        """What stands between the neurons, with random weights."""
+        shape = torch.zeros(1, *self.input)
+        modules: list[nn.Module] = []
+        for layer in self.layers.split("-"):
+            module: nn.Module
+            if "C" in layer:
+                maps, size = map(int, layer.split("C"))
+                module = nn.Conv2d(shape.shape[1], maps, size, padding=self.padding)
+            elif layer.startswith("P"):
+                module = nn.AvgPool2d(int(layer[1:]))
+            else:
+                if shape.dim() > 2:
+                    modules.append(nn.Flatten())
+                    shape = shape.flatten(1)
+                module = nn.Linear(shape.shape[1], int(layer))
+            modules.append(module)
+            shape = module(shape)
+        return modules
+
+
+NETWORKS = {
+    "mlp": Network((784,), "800-10", steps=30, batch=100, decay=0.1, v_threshold=1.5),
+    "mnist-cnn": Network((1, 28, 28), "15C5-P2-40C5-P2-300-10", steps=30, batch=100, decay=0.1, v_threshold=1.5),
+    "cifarnet": Network(
+        (3, 32, 32),
+        "128C3-256C3-P2-512C3-P2-1024C3-512C3-1024-512-100",
+        steps=8,
+        batch=4,  # on a CPU, for which a step of this takes seconds; on a GPU see fitting_batch
+        decay=0.25,
+        v_threshold=0.75,
+        padding=1,
+        direct=True,
+        voters=10,
+    ),
+}
+QUICK = {"mlp": (10, 50), "mnist-cnn": (10, 20), "cifarnet": (2, 1)}  # T and batch
+
+
+def fitting_batch(network: Network, device: torch.device) -> int:
+    """As many samples as all have room for, at most 128, with a dozen numbers kept for each neuron and step."""
+    shape, neurons = torch.zeros(1, *network.input), 0
+    for module in network.modules():
+        shape = module(shape)
+        neurons += shape.numel()
+    each = 16 * 4 * neurons * network.steps
+    return max(1, min(128, int(0.8 * harness.free_memory(device) / each)))
+
+
+def has_neurons(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d | nn.Linear)
+
+
+class Contestant(nn.Module):
+    """A network: ``forward`` takes spikes [T, B, ...], or images [B, ...] if they are direct, and gives rates [B, 10].
+
+    ``neurons=False`` leaves the neurons out, to see what the rest costs.
+    """
+
+    def __init__(self, network: Network, modules: list[nn.Module], neurons: bool) -> None:
+        super().__init__()
+        self.network, self.neurons = network, neurons
+        self.stages = nn.ModuleList(modules)
+
+    def rates(self, total: Tensor) -> Tensor:
+        """From the sum of the output spikes over time [B, classes * voters]."""
+        return total.unflatten(1, (-1, self.network.voters)).mean(2) / self.network.steps
+
+
+class Ours(Contestant):
+    """Time folded into the batch, and one call of the layer for all of it."""
+
+    memory_format = torch.contiguous_format
+
+    def __init__(self, network: Network, modules: list[nn.Module], neurons: bool) -> None:
+        super().__init__(network, modules, neurons)
+        options = (network.decay, network.v_threshold, Rectangular(1.0))
+        self.lif = stbp_cuda.LIFLayer(*options, steps=network.steps) if neurons else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = self.network.steps
+        x = x if self.network.direct else x.flatten(0, 1)
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=self.memory_format)
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i == 0 and self.network.direct:
+                x = x.repeat(steps, *(1,) * (x.dim() - 1))
+            if has_neurons(stage):
+                x = self.lif(x)
+        return self.rates(x.unflatten(0, (steps, -1)).sum(0))
+
+
+class OursChannelsLast(Ours):
+    """The same, with channels last."""
+
+    memory_format = torch.channels_last
+
+
+class Loop(Contestant):
+    """The customary loop: step by step through all layers, each with a potential and spikes of its own."""
+
+    def neuron(self, current: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        u = current
+        if state is not None:
+            u = state[0] * self.network.decay * (1 - state[1]) + current
+        return u, Spike.apply(u, self.network.v_threshold, Rectangular(1.0))
+
+    def start(self) -> None:
+        """Before a sequence."""
+
+    def fire(self, i: int, current: Tensor, states: dict[int, Any]) -> Tensor:
+        states[i] = self.neuron(current, states.get(i))
+        return states[i][1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.start()
+        states: dict[int, Any] = {}
+        total: Tensor | float = 0.0
+        encoded = self.stages[0](x) if self.network.direct else None
+        for t in range(self.network.steps):
+            out = x if encoded is not None else x[t]
+            for i, stage in enumerate(self.stages):
+                out = encoded if i == 0 and encoded is not None else stage(out)
+                if has_neurons(stage) and self.neurons:
+                    out = self.fire(i, out, states)
+            total = total + out
+        assert isinstance(total, Tensor)
+        return self.rates(total)
+
+
+class SnnTorch(Loop):
+    """The same loop with the library's neuron."""
+
+    def __init__(self, network: Network, modules: list[nn.Module], neurons: bool) -> None:
+        super().__init__(network, modules, neurons)
+        import snntorch
+
+        surrogate = Rectangular(1.0)
+        # reset_delay=False, as the default cuts the gradient through the reset.
+        self.leaky = nn.ModuleList(
+            snntorch.Leaky(
+                beta=network.decay,
+                threshold=network.v_threshold,
+                spike_grad=lambda s: Spike.apply(s, 0.0, surrogate),
+                reset_mechanism="zero",
+                reset_delay=False,
+            )
+            for _ in self.stages
+        )
+
+    def fire(self, i: int, current: Tensor, states: dict[int, Any]) -> Tensor:
+        if i not in states:
+            states[i] = self.leaky[i].reset_mem()
+        spikes, states[i] = self.leaky[i](current, states[i])
+        return spikes
+
+
+class SpikingJelly(Contestant):
+    """Step mode "m": the library folds time into the batch by itself. Its torch backend on a CPU."""
+
+    def __init__(self, network: Network, modules: list[nn.Module], neurons: bool) -> None:
+        super().__init__(network, modules, neurons)
+        from spikingjelly.activation_based import layer, neuron, surrogate
+
+        self.wrapped = nn.ModuleList()
+        for module in modules:
+            self.wrapped.append(layer.SeqToANNContainer(module))
+            if has_neurons(module) and neurons:
+                self.wrapped.append(
+                    neuron.LIFNode(
+                        tau=1 / (1 - network.decay),
+                        decay_input=False,
+                        v_threshold=network.v_threshold,
+                        surrogate_function=surrogate.Rect(alpha=1.0),
+                        step_mode="m",
+                    )
+                )
+
+    def forward(self, x: Tensor) -> Tensor:
+        from spikingjelly.activation_based import functional
+
+        functional.reset_net(self)
+        rest = list(self.wrapped)
+        if self.network.direct:
+            x = self.stages[0](x).repeat(self.network.steps, 1, 1, 1, 1)
+            rest = rest[1:]
+        for module in rest:
+            x = module(x)
+        return self.rates(x.sum(0))
+
+
+CONTESTANTS: dict[str, tuple[str, type[Contestant], str | None]] = {  # label, class, package
+    "ours": ("stbp_cuda", Ours, None),
+    "ours-channels-last": ("stbp_cuda, channels_last", OursChannelsLast, None),
+    "loop": ("per-step loop", Loop, None),
+    "spikingjelly": ("SpikingJelly", SpikingJelly, "spikingjelly"),
+    "snntorch": ("snnTorch", SnnTorch, "snntorch"),
+}
+
+
+def problem(name: str) -> str | None:
+    """Why a contestant cannot run; None if it can."""
+    try:
+        load(CONTESTANTS[name][2] or "torch")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def data(network: Network, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random input and targets [B, 10]."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(network.batch, *network.input, generator=generator)
+    x = images - 0.5
+    if not network.direct:
+        x = (torch.rand(network.steps, *images.shape, generator=generator) < images).float()
+    classes = torch.randint(10, (network.batch,), generator=generator)
+    return x.to(device), nn.functional.one_hot(classes, 10).float().to(device)
+
+
+def weights(network: Network, x: Tensor) -> list[dict[str, Tensor]]:
+    """Random ones with which neurons of all layers fire: each current has the deviation of the threshold."""
+    torch.manual_seed(0)
+    modules = network.modules()
+    with torch.no_grad():
+        out = x.cpu() if network.direct else x.cpu().flatten(0, 1)
+        for i, module in enumerate(modules):
+            current = module(out)
+            if has_neurons(module):
+                scale = network.v_threshold / current.std()
+                module.weight.mul_(scale)
+                module.bias.zero_()
+                current = module(out)
+            if i == 0 and network.direct:
+                current = current.repeat(network.steps, 1, 1, 1)
+            lif = partial(
+                stbp_cuda.functional.lif, decay=network.decay, v_threshold=network.v_threshold, steps=network.steps
+            )
+            out = lif(current) if has_neurons(module) else current
+    return [module.state_dict() for module in modules]
+
+
+def make(
+    name: str, network: Network, state: list[dict[str, Tensor]], device: torch.device, neurons: bool = True
+) -> Contestant:
+    modules = network.modules()
+    for module, part in zip(modules, state, strict=True):
+        module.load_state_dict(part)
+    contestant = CONTESTANTS[name][1](network, modules, neurons).to(device)
+    if name == "ours-channels-last" and len(network.input) == 3:
+        contestant = contestant.to(memory_format=torch.channels_last)
+    return contestant
+
+
+def train(model: Contestant, x: Tensor, y: Tensor, rate: float = 1e-6) -> Callable[[], Tensor]:
+    """One step; the rate is so small that the weights stay what they are."""
+    optimizer = torch.optim.SGD(model.stages.parameters(), lr=rate)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        rates = model(x)
+        nn.functional.mse_loss(rates, y).backward()
+        optimizer.step()
+        return rates.detach()
+
+    return step
+
+
+def results(name: str, network: Network, state: list[dict[str, Tensor]], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The rates and all gradients."""
+    model = make(name, network, state, x.device)
+    rates = train(model, x, y, rate=0.0)()
+    return rates, torch.cat([p.grad.flatten() for p in model.stages.parameters() if p.grad is not None])
+
+
+def check(name: str, found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Hold a contestant against ours. Raise if more than rounding makes them differ."""
+    least = 0.5 / 30  # less than a spike of one voter
+    different = ((found[0] - expected[0]).abs() > least / 10).float().mean().item()
+    gradient = ((found[1] - expected[1]).norm() / expected[1].norm()).item()
+    if different > RATES_MAY_DIFFER or not gradient <= GRADIENTS_MAY_DIFFER:
+        raise AssertionError(
+            f"{name} differs from ours in {different:.1%} of the rates, {gradient:.1%} of the gradient"
+        )
+    return {"rates": different, "gradient": gradient}
+
+
+def time_all(
+    network: Network, names: list[str], seconds: float, device: str, threads: int
+) -> dict[str, dict[str, Any]]:
+    """Time, and time without neurons, of every contestant; to be run in a fresh process."""
+    torch.set_num_threads(threads)
+    at = torch.device(device)
+    x, y = data(network, at)
+    state = weights(network, x)
+    expected = results("ours", network, state, x, y)
+    differences = {name: check(name, results(name, network, state, x, y), expected) for name in names}
+    runs: dict[str, Callable[[], object]] = {}
+    for name in names:
+        for neurons in (True, False):
+            runs[f"{name} {neurons}"] = train(make(name, network, state, at, neurons), x, y)
+    times = harness.measure(runs, seconds * len(runs), at)
+    found = {}
+    for name in names:
+        whole, rest = times[f"{name} True"], times[f"{name} False"]
+        share = max(0.0, 1 - rest["median"] / whole["median"])
+        found[name] = {**whole, "without_neurons": rest, "neurons_share": share, "different": differences[name]}
+    return found
+
+
+def peak(network: Network, name: str, device: str, threads: int) -> int | None:
+    """The memory of one step; to be run in a fresh process."""
+    torch.set_num_threads(threads)
+    at = torch.device(device)
+    x, y = data(network, at)
+    state = weights(network, x)
+    small = Network(**{**vars(network), "batch": 1})
+    few = x[:1] if network.direct else x[:, :1]
+    train(make(name, small, state, at), few.contiguous(), y[:1])()
+    step = train(make(name, network, state, at), x, y)
+    stbp_cuda.empty_cpu_cache()
+    return harness.peak_memory(step, at)
+
+
+@contextlib.contextmanager
+def environment(settings: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def row(point: dict[str, Any]) -> str:
+    low, high = (f"{1e3 * seconds:,.1f}" for seconds in point["quartiles"])
+    text = f"{point['network']:<10} {point['malloc']:<8} {point['label']:<26}{1e3 * point['median']:>10,.1f}  "
+    memory = "not known" if point["peak"] is None else f"{point['peak'] / 2**20:,.0f}"
+    text += f"{f'{low}-{high}':<20}{point['ratio']:>6.2f} x{point['neurons_share']:>9.0%}{memory:>11}"
+    return text + f"{point['samples_per_second']:>11,.0f}{point['different']['rates']:>9.2%}"
+
+
+HEADER = (
+    f"{'network':<10} {'malloc':<8} {'':<26}{'ms':>10}  {'25-75 %':<20}{'of ours':>8}{'neurons':>9}{'peak MiB':>11}"
+    f"{'samples/s':>11}{'differ':>9}"
+)
+
+
+def summarise(points: list[dict[str, Any]]) -> dict[str, Any]:
+    """The targets: how many times as fast as a rival ours is where malloc keeps its memory."""
+    targets = {}
+    kept = {(p["network"], p["name"]): p for p in points if p["malloc"] == "keep"}
+    plain = {(p["network"], p["name"]): p for p in points if p["malloc"] == "default"}
+    for (network, rival), least in TARGETS.items():
+        ours = min((kept[network, name]["median"] for name in OURS if (network, name) in kept), default=None)
+        if ours is None or (network, rival) not in kept:
+            continue
+        ratio = kept[network, rival]["median"] / ours
+        without = plain[network, rival]["median"] / ours if (network, rival) in plain else None
+        label = f"{network}: at least {least:g} x as fast as {CONTESTANTS[rival][0]}"
+        targets[label] = {"ratio": ratio, "to_its_default": without, "least": least, "met": ratio >= least}
+    return targets
+
+
+OURS = ("ours", "ours-channels-last")
+COLOURS = {"ours": "red", "ours-channels-last": "salmon", "loop": "C0", "spikingjelly": "C2", "snntorch": "C4"}
+
+
+def picture(points: list[dict[str, Any]], machine: dict[str, Any]) -> Figure:
+    networks = list(dict.fromkeys(p["network"] for p in points))
+    figure = Figure(figsize=(1 + 5.5 * len(networks), 8), dpi=120, layout="constrained")
+    figure.suptitle(f"One training step on {harness.where(machine)}")
+    grid = figure.subplots(2, len(networks), squeeze=False)
+    for (times, memory), network in zip(grid.T, networks, strict=True):
+        shown = [p for p in points if p["network"] == network]
+        first = shown[0]
+        labels = [p["label"] + ("" if p["malloc"] != "keep" else "\nmalloc keeps memory") for p in shown]
+        for y, p in enumerate(shown):
+            rest, colour = 1e3 * (1 - p["neurons_share"]) * p["median"], COLOURS[p["name"]]
+            times.barh(y, rest, color="lightgray", label="the rest" if y == 0 else None)
+            times.barh(y, 1e3 * p["median"] - rest, left=rest, color=colour, label="neurons" if y == 0 else None)
+            times.annotate(f" {1e3 * p['median']:,.0f}", (1e3 * p["median"], y), va="center", fontsize=8)
+            if p["peak"] is not None:
+                memory.barh(y, p["peak"] / 2**20, color=colour)
+                memory.annotate(f" {p['peak'] / 2**20:,.0f}", (p["peak"] / 2**20, y), va="center", fontsize=8)
+        times.set(title=f"{network}, T = {first['steps']}, batch {first['batch']}", xlabel="ms (coloured: neurons)")
+        memory.set(xlabel="peak, MiB")
+        for axis in times, memory:
+            axis.set_yticks(range(len(shown)), labels, fontsize=8)
+            axis.invert_yaxis()
+            axis.margins(x=0.12)
+            axis.grid(alpha=0.3, axis="x")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    harness.add_arguments(parser, seconds=2.0, quick_seconds=0.2)
+    add = parser.add_argument
+    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME", help=", ".join(NETWORKS))
+    add("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
+    add("--steps", type=harness.positive(int), metavar="T", help="in place of the network's")
+    add("--batch", type=harness.positive(int), help="in place of the network's")
+    add("--malloc", nargs="+", choices=MALLOC, help="default: both on a CPU under Linux, else only default")
+    args = parser.parse_args()
+    device = harness.prepare(parser, args)
+    on_linux_cpu = device.type == "cpu" and sys.platform == "linux"
+    modes = args.malloc or (list(MALLOC) if on_linux_cpu else ["default"])
+    problems = {name: why for name in args.contestants if (why := problem(name))}
+    for name, why in problems.items():
+        print(f"left out: {CONTESTANTS[name][0]}: {why}")
+    names = ["ours", *(name for name in args.contestants if name not in problems and name != "ours")]
+
+    machine = harness.describe(device)
+    points: list[dict[str, Any]] = []
+    print(HEADER)
+    with tqdm(total=len(args.networks) * len(modes), disable=None) as bar:
+        for network_name in args.networks:
+            network = NETWORKS[network_name]
+            steps, batch = QUICK[network_name] if args.quick else (network.steps, network.batch)
+            if device.type == "cuda" and network_name == "cifarnet":
+                batch = fitting_batch(network, device)
+            network = Network(**{**vars(network), "steps": args.steps or steps, "batch": args.batch or batch})
+            # Channels last are something for images.
+            able = [name for name in names if name != "ours-channels-last" or len(network.input) == 3]
+            for mode in modes:
+                bar.set_description(f"{network_name}, malloc {mode}")
+                with environment(MALLOC[mode]):
+                    shared = (args.device, torch.get_num_threads())
+                    times = harness.in_fresh_process(time_all, network, able, args.seconds, *shared)
+                    peaks = {name: harness.in_fresh_process(peak, network, name, *shared) for name in able}
+                fastest = min(times[name]["median"] for name in OURS if name in times)
+                for name in able:
+                    point = {
+                        "network": network_name,
+                        "layers": network.layers,
+                        "steps": network.steps,
+                        "batch": network.batch,
+                        "malloc": mode,
+                        "name": name,
+                        "label": CONTESTANTS[name][0],
+                        "ratio": times[name]["median"] / fastest,
+                        "samples_per_second": network.batch / times[name]["median"],
+                        "peak": peaks[name],
+                        **times[name],
+                    }
+                    points.append(point)
+                    bar.write(row(point))
+                bar.update()
+    targets = summarise(points)
+    for target, seen in targets.items():
+        other = f" ({seen['to_its_default']:.2f} x if only ours is)" if seen["to_its_default"] else ""
+        word = "met" if seen["met"] else "NOT MET"
+        print(f"{word:<9}{target}, both with malloc told to keep its memory: {seen['ratio']:.2f} x{other}")
+    name = f"train_step-{device.type}{'-quick' if args.quick else ''}"
+    result = {"machine": machine, "malloc": MALLOC, "targets": targets, "points": points}
+    harness.write_json(args.out / f"{name}.json", result)
+    harness.save(picture(points, machine), args.out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
