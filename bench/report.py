@@ -20,8 +20,15 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+class NotMeasuredError(Exception):
+    """There is no result yet."""
+
+
 def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise NotMeasuredError(f"Not measured yet: `python bench/{name.removesuffix('-cpu')}.py`.")
+    return json.loads(path.read_text())
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -142,6 +149,14 @@ FIGURES: dict[str, Callable[[], str]] = {
 }
 
 
+def block(found: re.Match[str]) -> str:
+    try:
+        text = FIGURES[found[2]]()
+    except NotMeasuredError as error:
+        text = str(error)
+    return found[1] + text.rstrip("\n") + "\n" + found[3]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 if a page holds other figures")
@@ -149,7 +164,7 @@ def main() -> None:
     stale = []
     for page in PAGES:
         before = page.read_text()
-        after = BLOCK.sub(lambda found: found[1] + FIGURES[found[2]]().rstrip("\n") + "\n" + found[3], before)
+        after = BLOCK.sub(block, before)
         if after != before:
             stale.append(page.name)
             if not args.check:
