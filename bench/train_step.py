@@ -93,7 +93,7 @@ NETWORKS = {
         (3, 32, 32),
         "128C3-256C3-P2-512C3-P2-1024C3-512C3-1024-512-100",
         steps=8,
-        batch=4,  # on a CPU, for which a step of this takes seconds; on a GPU see fitting_batch
+        batch=2,  # on a CPU, for which a step of this takes seconds; on a GPU see fitting_batch
         decay=0.25,
         v_threshold=0.75,
         padding=1,
