@@ -271,7 +271,7 @@ def run(
         x.requires_grad or (initial_potential is not None and initial_potential.requires_grad)
     ):
         result: Tensor | tuple[Tensor, Tensor]
-        result = ops.FusedLIF.apply(x, initial_potential, (steps, checked.neuron, return_potential))
+        result = ops.FusedLIF.apply(x, initial_potential, (checked.steps, checked.neuron, return_potential))
         if not return_potential:
             return result
         spikes, potential = result

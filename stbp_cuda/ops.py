@@ -182,13 +182,16 @@ class FusedLIF(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, initial_potential: Tensor | None, call: tuple[int, str, bool]
+        ctx: Any, x: Tensor, initial_potential: Tensor | None, call: tuple[int | None, str, bool]
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Args: those of the operator; ``call`` is (steps, neuron, return_potential).
+        """Args: those of the operator; ``call`` is (steps, neuron, return_potential), and its steps are None where they
+        are the first dimension of ``x``: the compiler of torch 2.10 mistakes a dynamic size in a tuple for another.
 
         Returns the spikes, and the final potential if asked for.
         """
         steps, neuron, return_potential = call
+        if steps is None:
+            steps = x.shape[0]
         spikes: Tensor
         spikes, final_potential, states = lif_forward(x, initial_potential, steps, neuron, return_potential, True)
         ctx.save_for_backward(x, initial_potential, states)
@@ -210,6 +213,8 @@ class FusedLIF(torch.autograd.Function):
 def _lif_gradients(ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
     x, initial_potential, states = ctx.saved_tensors
     steps, neuron, _ = ctx.call
+    if steps is None:
+        steps = x.shape[0]
     if grad_spikes is None:
         grad_spikes = torch.zeros_like(x)
     wants_initial = initial_potential is not None and ctx.needs_input_grad[1]
