@@ -3,15 +3,16 @@
 // Lanes is how a device holds such a group: a tile whose state lies in the L1 cache, or a few neurons in the registers
 // of a thread. It gives Value, what is computed with at once: a number or a vector of them; kWidth, the most Values it
 // holds, and width(), how many there are; kChunk, the K of "one state every K steps"; kStepsAtOnce, the steps that a
-// Value makes before the next one's turn; and rows: read(p) of the neurons at p, with get(i), which is a Value;
-// write(p), with set(i, Value) and set_spike(i, Value), and flush(p, row), which ends the writing; prefetch(p, i), told
-// what get(i) will soon want.
+// Value makes before the next one's turn; kStateInMemory, whether it costs anything to load and store a state; and
+// rows: read(p) of the neurons at p, with get(i), which is a Value; write(p), with set(i, Value) and set_spike(i,
+// Value), and flush(p, row), which ends the writing; prefetch(p, i), told what get(i) will soon want.
 //
 // The scans take their neuron by value: its constants, reached through a reference, would be read again inside the
 // loops.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "lif.h"
 #include "number.h"
@@ -74,12 +75,12 @@ struct WrittenRows {
   }
 };
 
-// kSteps steps of all neurons; the state is loaded and stored once for all of them. In this and the next two, all loads
-// come before the first store: rows often lie a multiple of 4 KB apart, and a CPU that compares the low bits of
-// addresses lets a load wait for such a store.
+// kSteps steps of all neurons; the state is loaded once for all of them, unless it is zero, and stored once, if it is
+// still needed. In this and the next three, all loads come before the first store: rows often lie a multiple of 4 KB
+// apart, and a CPU that compares the low bits of addresses lets a load wait for such a store.
 template <int kSteps, class Lanes, class Neuron, class Scalar, class Value = typename Lanes::Value>
 STBP_FN void advance(const Lanes& lanes, const Neuron& neuron, const Scalar* x, Scalar* spikes, int64_t neurons,
-                     Value* v) {
+                     Value* v, bool from_zero, bool needed) {
   const int width = lanes.width();
   const ReadRows<kSteps, Lanes, Scalar> in(lanes, x, neurons);
   WrittenRows<kSteps, Lanes, Scalar> out(lanes, spikes, neurons);
@@ -88,10 +89,10 @@ STBP_FN void advance(const Lanes& lanes, const Neuron& neuron, const Scalar* x, 
     Value current[kSteps], fired[kSteps];
     STBP_STEP_LOOP
     for (int k = 0; k < kSteps; ++k) current[k] = in.row[k].get(i);
-    Value potential = v[i];
+    Value potential = from_zero ? Value{} : v[i];
     STBP_STEP_LOOP
     for (int k = 0; k < kSteps; ++k) neuron.step(potential, current[k], fired[k]);
-    v[i] = potential;
+    if (needed) v[i] = potential;
     STBP_STEP_LOOP
     for (int k = 0; k < kSteps; ++k) out.row[k].set_spike(i, fired[k]);
   }
@@ -101,7 +102,7 @@ STBP_FN void advance(const Lanes& lanes, const Neuron& neuron, const Scalar* x, 
 // The same, keeping the charged potentials of each step in u[k] and no spikes.
 template <int kSteps, class Lanes, class Neuron, class Scalar, class Value = typename Lanes::Value>
 STBP_FN void recompute(const Lanes& lanes, const Neuron& neuron, const Scalar* x, int64_t neurons, Value* v,
-                       Value (*u)[Lanes::kWidth]) {
+                       bool from_zero, Value (*u)[Lanes::kWidth]) {
   const int width = lanes.width();
   const ReadRows<kSteps, Lanes, Scalar> in(lanes, x, neurons);
   STBP_LANE_LOOP
@@ -109,7 +110,7 @@ STBP_FN void recompute(const Lanes& lanes, const Neuron& neuron, const Scalar* x
     Value current[kSteps], unused;
     STBP_STEP_LOOP
     for (int k = 0; k < kSteps; ++k) current[k] = in.row[k].get(i);
-    Value potential = v[i];
+    Value potential = from_zero ? Value{} : v[i];
     STBP_STEP_LOOP
     for (int k = 0; k < kSteps; ++k) {
       u[k][i] = neuron.step(potential, current[k], unused);
@@ -122,7 +123,7 @@ STBP_FN void recompute(const Lanes& lanes, const Neuron& neuron, const Scalar* x
 // kSteps steps back of all neurons, from the last of them to the first.
 template <int kSteps, class Lanes, class Neuron, class Scalar, class Value = typename Lanes::Value>
 STBP_FN void go_back(const Lanes& lanes, const Neuron& neuron, const Value (*u)[Lanes::kWidth],
-                     const Scalar* grad_spikes, Scalar* grad_x, int64_t neurons, Value* grad_v) {
+                     const Scalar* grad_spikes, Scalar* grad_x, int64_t neurons, Value* grad_v, bool needed) {
   const int width = lanes.width();
   const ReadRows<kSteps, Lanes, Scalar> in(lanes, grad_spikes, neurons);
   WrittenRows<kSteps, Lanes, Scalar> out(lanes, grad_x, neurons);
@@ -137,7 +138,39 @@ STBP_FN void go_back(const Lanes& lanes, const Neuron& neuron, const Value (*u)[
       gradient[k] = neuron.step_back(u[k][i], gradient[k], carried);
       lanes.prefetch(grad_spikes - (kSteps - k) * neurons, i);
     }
-    grad_v[i] = carried;
+    if (needed) grad_v[i] = carried;
+    STBP_STEP_LOOP
+    for (int k = 0; k < kSteps; ++k) out.row[k].set(i, gradient[k]);
+  }
+  out.flush(lanes, grad_x, neurons);
+}
+
+// The last kSteps of a chunk, there and back at once: their potentials never leave the registers.
+template <int kSteps, class Lanes, class Neuron, class Scalar, class Value = typename Lanes::Value>
+STBP_FN void turn(const Lanes& lanes, const Neuron& neuron, const Scalar* x, const Scalar* grad_spikes, Scalar* grad_x,
+                  int64_t neurons, const Value* v, bool from_zero, Value* grad_v, bool grad_from_zero,
+                  bool grad_needed) {
+  const int width = lanes.width();
+  const ReadRows<kSteps, Lanes, Scalar> in(lanes, x, neurons), grad_in(lanes, grad_spikes, neurons);
+  WrittenRows<kSteps, Lanes, Scalar> out(lanes, grad_x, neurons);
+  STBP_LANE_LOOP
+  for (int i = 0; i < width; ++i) {
+    Value u[kSteps], gradient[kSteps], unused;
+    STBP_STEP_LOOP
+    for (int k = 0; k < kSteps; ++k) {
+      u[k] = in.row[k].get(i);
+      gradient[k] = grad_in.row[k].get(i);
+    }
+    Value potential = from_zero ? Value{} : v[i];
+    Value carried = grad_from_zero ? Value{} : grad_v[i];
+    STBP_STEP_LOOP
+    for (int k = 0; k < kSteps; ++k) u[k] = neuron.step(potential, u[k], unused);
+    STBP_STEP_LOOP
+    for (int k = kSteps - 1; k >= 0; --k) {
+      gradient[k] = neuron.step_back(u[k], gradient[k], carried);
+      lanes.prefetch(grad_spikes - (kSteps - k) * neurons, i);
+    }
+    if (grad_needed) grad_v[i] = carried;
     STBP_STEP_LOOP
     for (int k = 0; k < kSteps; ++k) out.row[k].set(i, gradient[k]);
   }
@@ -151,7 +184,11 @@ STBP_FN void forward_scan(const Lanes& lanes, const Neuron neuron, const LifForw
   constexpr int kSteps = Lanes::kStepsAtOnce;
   static_assert(kChunk % kSteps == 0, "a state is kept between two steps");
   typename Lanes::Value v[Lanes::kWidth];
-  load_state(lanes, v, io.initial ? io.initial + first : nullptr);
+  bool from_zero = Lanes::kStateInMemory && io.initial == nullptr;
+  if (!from_zero) load_state(lanes, v, io.initial ? io.initial + first : nullptr);
+  const auto needed_after = [&](int64_t steps) {
+    return !Lanes::kStateInMemory || io.final_potential != nullptr || steps < io.steps;
+  };
 
   const Scalar* x = io.x + first;
   Scalar* spikes = io.spikes + first;
@@ -162,12 +199,14 @@ STBP_FN void forward_scan(const Lanes& lanes, const Neuron neuron, const LifForw
     STBP_CHUNK_LOOP
     for (int k = 0; k < kChunk; k += kSteps) {
       if (left - k >= kSteps) {
-        advance<kSteps>(lanes, neuron, x, spikes, io.neurons, v);
+        advance<kSteps>(lanes, neuron, x, spikes, io.neurons, v, from_zero, needed_after(start + k + kSteps));
+        from_zero = false;
         x += kSteps * io.neurons;
         spikes += kSteps * io.neurons;
       } else {
         for (int64_t last = left - k; last > 0; --last) {
-          advance<1>(lanes, neuron, x, spikes, io.neurons, v);
+          advance<1>(lanes, neuron, x, spikes, io.neurons, v, from_zero, needed_after(io.steps - last + 1));
+          from_zero = false;
           x += io.neurons;
           spikes += io.neurons;
         }
@@ -192,35 +231,59 @@ STBP_FN void backward_scan(const Lanes& lanes, const Neuron neuron, const LifBac
   Value v[Lanes::kWidth];
   Value grad_v[Lanes::kWidth];
   Value u[kChunk][Lanes::kWidth];
-  load_state(lanes, grad_v, io.grad_final ? io.grad_final + first : nullptr);
+  bool grad_from_zero = Lanes::kStateInMemory && io.grad_final == nullptr;
+  if (!grad_from_zero) load_state(lanes, grad_v, io.grad_final ? io.grad_final + first : nullptr);
 
   for (int64_t chunk = (io.steps - 1) / kChunk; chunk >= 0; --chunk) {
     const int64_t start = chunk * kChunk;
     const int64_t left = io.steps - start;
-    if (chunk > 0) {
-      load_state(lanes, v, io.states + (chunk - 1) * io.neurons + first);
-    } else {
-      load_state(lanes, v, io.initial ? io.initial + first : nullptr);
-    }
+    const auto* before = chunk > 0 ? io.states + (chunk - 1) * io.neurons : io.initial;
+    bool from_zero = Lanes::kStateInMemory && before == nullptr;
+    if (!from_zero) load_state(lanes, v, before ? before + first : nullptr);
+
     const int64_t offset = start * io.neurons + first;
-    const auto at = [&](int64_t k) { return offset + k * io.neurons; };
-    STBP_CHUNK_LOOP
-    for (int k = 0; k < kChunk; k += kSteps) {
-      if (k >= left) break;
-      if (left - k >= kSteps) {
-        recompute<kSteps>(lanes, neuron, io.x + at(k), io.neurons, v, u + k);
-      } else if constexpr (kSteps > 1) {
-        for (int last = k; last < left; ++last) recompute<1>(lanes, neuron, io.x + at(last), io.neurons, v, u + last);
+    const auto recompute_at = [&](auto steps, int k) {
+      recompute<steps()>(lanes, neuron, io.x + offset + k * io.neurons, io.neurons, v, from_zero, u + k);
+      from_zero = false;
+    };
+    const auto turn_at = [&](auto steps, int k) {
+      const int64_t at = offset + k * io.neurons;
+      turn<steps()>(lanes, neuron, io.x + at, io.grad_spikes + at, io.grad_x + at, io.neurons, v, from_zero, grad_v,
+                    grad_from_zero, start + k > 0 || io.grad_initial);
+      grad_from_zero = false;
+    };
+    const auto go_back_at = [&](auto steps, int k) {
+      const int64_t at = offset + k * io.neurons;
+      const bool needed = !Lanes::kStateInMemory || start + k > 0 || io.grad_initial;
+      go_back<steps()>(lanes, neuron, u + k, io.grad_spikes + at, io.grad_x + at, io.neurons, grad_v, needed);
+    };
+    if constexpr (Lanes::kStateInMemory) {
+      constexpr std::integral_constant<int, 1> one;
+      constexpr std::integral_constant<int, kSteps> several;
+      const int steps = int(left < kChunk ? left : kChunk);
+      const int singles = steps % kSteps;  // they come first
+      int k = 0;
+      for (; k < (steps < kSteps ? steps - 1 : singles); ++k) recompute_at(one, k);
+      for (; k < steps - kSteps; k += kSteps) recompute_at(several, k);
+      if (steps < kSteps) {
+        turn_at(one, k);
+      } else {
+        turn_at(several, k);
+        while (k > singles) go_back_at(several, k -= kSteps);
       }
-    }
-    STBP_CHUNK_LOOP
-    for (int k = kChunk - kSteps; k >= 0; k -= kSteps) {
-      if (k >= left) continue;
-      if (left - k >= kSteps) {
-        go_back<kSteps>(lanes, neuron, u + k, io.grad_spikes + at(k), io.grad_x + at(k), io.neurons, grad_v);
-      } else if constexpr (kSteps > 1) {
-        for (int last = int(left) - 1; last >= k; --last)
-          go_back<1>(lanes, neuron, u + last, io.grad_spikes + at(last), io.grad_x + at(last), io.neurons, grad_v);
+      while (k > 0) go_back_at(one, --k);
+    } else {
+      static_assert(kSteps == 1);
+      constexpr std::integral_constant<int, 1> one;
+      STBP_CHUNK_LOOP
+      for (int k = 0; k < kChunk; ++k) {
+        if (k >= left) break;
+        recompute_at(one, k);
+      }
+      STBP_CHUNK_LOOP
+      for (int k = kChunk - 1; k >= 0; --k) {
+        if (k >= left) continue;
+        go_back_at(one, k);
       }
     }
   }

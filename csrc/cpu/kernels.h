@@ -40,16 +40,16 @@ inline int64_t last_cache_bytes() {
   return bytes;
 }
 
-// Whether a call moves more than the last cache holds, to results that allow to pass it by.
+// Whether a call moves more than the last cache holds, which is never quite empty, to results that allow to pass it by.
 template <class Scalar>
 bool past_caches(const LifForward<Scalar>& io) {
-  return io.steps * io.neurons * int64_t(2 * sizeof(Scalar)) > last_cache_bytes() &&
+  return io.steps * io.neurons * int64_t(2 * sizeof(Scalar)) > last_cache_bytes() / 4 * 3 &&
          aligned_for_streams(io.spikes, io.neurons) && aligned_for_streams(io.final_potential, io.neurons) &&
          aligned_for_streams(io.states, io.neurons);
 }
 template <class Scalar>
 bool past_caches(const LifBackward<Scalar>& io) {
-  return io.steps * io.neurons * int64_t(3 * sizeof(Scalar)) > last_cache_bytes() &&
+  return io.steps * io.neurons * int64_t(3 * sizeof(Scalar)) > last_cache_bytes() / 4 * 3 &&
          aligned_for_streams(io.grad_x, io.neurons) && aligned_for_streams(io.grad_initial, io.neurons);
 }
 

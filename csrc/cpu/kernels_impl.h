@@ -19,6 +19,7 @@ struct Tile {
   static constexpr int kWidth = kStateBytes / kVectorBytes;
   static constexpr int kChunk = cpu::kChunk;
   static constexpr int kStepsAtOnce = kStepsAtOnce_;
+  static constexpr bool kStateInMemory = true;
 
   int count;  // of neurons; at least kLanes
 
@@ -72,6 +73,7 @@ struct Remainder {
   static constexpr int kWidth = 1;
   static constexpr int kChunk = cpu::kChunk;
   static constexpr int kStepsAtOnce = 1;
+  static constexpr bool kStateInMemory = false;
 
   int count;
 

@@ -72,6 +72,7 @@ struct Registers {
   static constexpr int kWidth = kWidth_;
   static constexpr int kChunk = cuda::kChunk;
   static constexpr int kStepsAtOnce = 1;  // the state is in registers anyway
+  static constexpr bool kStateInMemory = false;
 
   static STBP_FN constexpr int width() { return kWidth; }
   template <class T>
