@@ -95,7 +95,7 @@ void point(const stbp::cpu::Kernels<Scalar>& kernels, int64_t steps, int64_t neu
   const int64_t count = steps * neurons, saved = (steps - 1) / stbp::cpu::kChunk;
   const auto x = buffer<Scalar>(count, 0), grad = buffer<Scalar>(count, 12345), result = buffer<Scalar>(count, 0);
   const auto states = buffer<State>(std::max<int64_t>(1, saved * neurons), 0);
-  const stbp::LifOptions options{0.5, 0.75, 0, false, false, false, false, 0, 1.0};  // a rectangular surrogate
+  const stbp::LifOptions options{0.5, 0.75, 0, false, false, false, false, false, 0, 1.0};  // a rectangular surrogate
   const stbp::LifForward<Scalar> io{
       steps, neurons, x.get(), nullptr, result.get(), nullptr, saved ? states.get() : nullptr};
   const stbp::LifBackward<Scalar> back{steps,      neurons, x.get(),      nullptr, saved ? states.get() : nullptr,

@@ -75,6 +75,7 @@ NEURON = functional.check_options(
     reset="hard",
     v_reset=0.0,
     detach_reset=False,
+    spatial_only=False,
     strict_threshold=False,
     steps=None,
     backend="fused",
@@ -131,7 +132,8 @@ def contestants(steps: int, neurons: int, device: torch.device) -> dict[str, dic
 
 
 CHECKED = (
-    *("decay", "v_threshold", "surrogate", "reset", "v_reset", "detach_reset", "strict_threshold", "steps", "backend"),
+    *("decay", "v_threshold", "surrogate", "reset", "v_reset", "detach_reset", "spatial_only"),
+    *("strict_threshold", "steps", "backend"),
 )
 
 

@@ -13,6 +13,7 @@ struct LifOptions {
   double v_reset;
   bool soft_reset;
   bool detach_reset;
+  bool spatial_only;
   bool strict_threshold;
   bool smooth;    // fire with the surrogate's antiderivative; double only
   int surrogate;  // its place in Surrogates
@@ -44,6 +45,45 @@ struct LifBackward {
   const State* grad_final;    // [N] dL/d(final potential), or null for 0
   Scalar* grad_x;             // [T, N] dL/dx
   State* grad_initial;        // [N] dL/d(initial potential), or null
+};
+
+// LIF neurons with neuron normalisation: T steps of B samples with C feature maps of P positions each, positions
+// innermost: neuron (c, p) of sample b at step t is at [((t * B + b) * C + c) * P + p] of every [T, B, C, P] array.
+template <class Scalar>
+struct NeuNormForward {
+  using State = state_t<Scalar>;
+  int64_t steps, batch, features, positions;  // T, B, C, P
+  State norm_decay;                           // of the map
+  bool squared;                               // the map takes 1 / C^2 of the spikes and not 1 / C
+  const Scalar* x;                            // [T, B, C, P] input current
+  const State* weight;                        // [C, P] U
+  const State* decays;                        // [2] of the potential and of the map, or null for the constant ones
+  Scalar* normalised;                         // [T, B, C, P]
+  State* sums;                                // [T, B, P] spikes of all features
+  State* maps;                                // [T, B, P] a
+  State* states;                              // [(T - 1) / K, B, C, P] potential after every K-th step but the last
+};
+
+// The batch is split into G groups of consecutive samples, the positions into S strips, each the work of one thread or
+// one block of threads; what is summed over the batch comes out as one partial sum for each.
+template <class Scalar>
+struct NeuNormBackward {
+  using State = state_t<Scalar>;
+  int64_t steps, batch, features, positions;  // T, B, C, P
+  State norm_decay;
+  bool squared;
+  int64_t groups;                 // G
+  const Scalar* x;                // [T, B, C, P]
+  const State* weight;            // [C, P]
+  const State* decays;            // [2] or null
+  const State* sums;              // [T, B, P]
+  const State* maps;              // [T, B, P]
+  const State* states;            // [(T - 1) / K, B, C, P]
+  const Scalar* grad_normalised;  // [T, B, C, P]
+  Scalar* grad_x;                 // [T, B, C, P]
+  State* grad_weight;             // [G, C, P]
+  State* grad_decays;             // [G, S, 2], or null
+  State* carried;                 // [G, C, P] for dL/dv between two chunks, or null where T <= K
 };
 
 }  // namespace stbp

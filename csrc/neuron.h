@@ -23,7 +23,8 @@ struct LifConstants {
   State decay, v_threshold, v_reset;
   State fires_at;  // the smallest potential that fires
   bool resets_to_zero;
-  bool detached;  // no gradient flows through the reset
+  bool detached;      // no gradient flows through the reset
+  bool spatial_only;  // none flows from a step to the one before
 
   explicit LifConstants(const LifOptions& options)
       : decay(State(options.decay)),
@@ -31,7 +32,8 @@ struct LifConstants {
         v_reset(State(options.v_reset)),
         fires_at(options.strict_threshold ? std::nextafter(v_threshold, State(INFINITY)) : v_threshold),
         resets_to_zero(v_reset == State(0)),
-        detached(options.detach_reset) {}
+        detached(options.detach_reset),
+        spatial_only(options.spatial_only) {}
 };
 
 // How a neuron fires: the spikes users train with, or the surrogate's antiderivative, with which the whole network is
@@ -129,7 +131,7 @@ struct Lif {
     const auto fired = Firing::fire(c, surrogate, u);
     const V grad_u =
         total * surrogate.derivative(u - c.v_threshold) + Reset::grad_potential(Firing(), c, fired, grad_v);
-    grad_v = grad_u * c.decay;
+    grad_v = c.spatial_only ? V{} : grad_u * c.decay;
     return grad_u;
   }
 };

@@ -1,7 +1,9 @@
 // The operators, from tensors to a device's kernels: what the IMPL blocks of all devices share.
 //
 // Device gives kChunk, the K of "one state every K steps"; forward(io, options, device_index) and backward(...), which
-// run the kernels; and new_tensor(sizes, strides, type, like), for results.
+// run the kernels; and new_tensor(sizes, strides, type, like), for results. For the neurons with normalisation,
+// kNeuNormChunk; neunorm_parts(io), into how many groups of samples and strips of positions a device splits the
+// backward pass; and neunorm_forward and neunorm_backward.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -50,8 +52,8 @@ void visit_scalar(ScalarType type, const Run& run) {
 }
 
 // What stbp_cuda/ops.py writes, such as
-//   "lif decay=0.25 v_threshold=0.75 v_reset=0.0 reset=hard detach_reset=0 strict_threshold=0 smooth=0
-//   surrogate=rectangular width=1.0"
+//   "lif decay=0.25 v_threshold=0.75 v_reset=0.0 reset=hard detach_reset=0 spatial_only=0
+//   strict_threshold=0 smooth=0 surrogate=rectangular width=1.0"
 // in one line: one argument that explains itself, as each one costs a call some tenth of a microsecond.
 class NeuronText {
  public:
@@ -62,6 +64,7 @@ class NeuronText {
     options.v_reset = number(" v_reset=");
     options.soft_reset = word(" reset=") == "soft";
     options.detach_reset = number(" detach_reset=") != 0;
+    options.spatial_only = number(" spatial_only=") != 0;
     options.strict_threshold = number(" strict_threshold=") != 0;
     options.smooth = number(" smooth=") != 0;
     options.surrogate = surrogate_place(Surrogates{}, word(" surrogate="));
@@ -196,6 +199,160 @@ std::tuple<Tensor, Tensor> lif_backward(const Tensor& grad_spikes, const std::op
     });
   }
   return {grad_x, grad_initial};
+}
+
+// What the two operators with normalisation check, and the shapes of what goes with x [T, B, C, ...] or [T*B, C, ...]:
+// everything is contiguous.
+struct NeuNormShape {
+  int64_t steps, batch, features, positions;
+  std::vector<int64_t> sizes, space;  // of x; of positions
+
+  NeuNormShape(const Tensor& x, const Tensor& weight, int64_t steps_) : steps(steps_), sizes(sizes_of(x)) {
+    check(steps >= 1, "steps must be at least 1, got ", steps);
+    const std::vector<int64_t> own = sizes_of(weight);
+    check(!own.empty(), "weight must have shape (C, ...), got ()");
+    check(sizes.size() > own.size() && std::equal(own.begin(), own.end(), sizes.end() - int64_t(own.size())),
+          "x must end in the shape of weight, ", shape_string(own), ", got ", shape_string(sizes));
+    features = own[0];
+    space.assign(own.begin() + 1, own.end());
+    positions = 1;
+    for (const int64_t size : space) positions *= size;
+    check(features > 0, "weight must have at least one feature, got ", shape_string(own));
+    int64_t samples = 1;
+    for (size_t d = 0; d < sizes.size() - own.size(); ++d) samples *= sizes[d];
+    check(samples % steps == 0, "the first dimensions of x must hold a multiple of steps = ", steps,
+          " samples, got x of shape ", shape_string(sizes));
+    batch = samples / steps;
+  }
+
+  bool empty() const { return batch * positions == 0; }
+  std::vector<int64_t> maps() const { return {steps, batch, positions}; }
+  std::vector<int64_t> states(int64_t chunk) const { return {(steps - 1) / chunk, batch, features, positions}; }
+};
+
+inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d]) strides[d] = stride;
+  return strides;
+}
+
+template <class Device>
+Tensor new_contiguous(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
+  return Device::new_tensor(sizes, contiguous_strides(sizes), type, like);
+}
+
+// Checks a tensor that must go with x, and makes it contiguous.
+inline Tensor contiguous(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType type,
+                         const Tensor& x) {
+  check(sizes_of(tensor) == sizes, name, " must have shape ", shape_string(sizes), ", got ",
+        shape_string(sizes_of(tensor)));
+  check(tensor.scalar_type() == type, name, " must have the dtype that goes with x's");
+  check(tensor.device() == x.device(), name, " must be on the device of x");
+  return with_strides(tensor, contiguous_strides(sizes));
+}
+
+// -> spikes less U a; the sums of spikes and the maps a [T, B, P]; the state after every kNeuNormChunk-th step but the
+// last.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> neunorm_lif_forward(const Tensor& x, const Tensor& weight,
+                                                               const std::optional<Tensor>& decays, int64_t steps,
+                                                               std::string neuron, double norm_decay, bool squared) {
+  const LifOptions options = options_from(neuron, x);
+  const NeuNormShape shape(x, weight, steps);
+  const ScalarType type = x.scalar_type(), state = state_type(type);
+  const Tensor input = with_strides(x, contiguous_strides(shape.sizes));
+  const Tensor u = contiguous("weight", weight, sizes_of(weight), state, x);
+  std::optional<Tensor> both;
+  if (decays) both = contiguous("decays", *decays, {2}, state, x);
+
+  const Tensor normalised = new_contiguous<Device>(shape.sizes, type, x);
+  const Tensor sums = new_contiguous<Device>(shape.maps(), state, x);
+  const Tensor maps = new_contiguous<Device>(shape.maps(), state, x);
+  const Tensor states = new_contiguous<Device>(shape.states(Device::kNeuNormChunk), state, x);
+  if (!shape.empty()) {
+    visit_scalar(type, [&](auto number) {
+      using Scalar = decltype(number);
+      using State = state_t<Scalar>;
+      const NeuNormForward<Scalar> io{shape.steps,
+                                      shape.batch,
+                                      shape.features,
+                                      shape.positions,
+                                      State(norm_decay),
+                                      squared,
+                                      input_pointer<Scalar>(input),
+                                      input_pointer<State>(u),
+                                      input_pointer<State>(both),
+                                      output_pointer<Scalar>(normalised),
+                                      output_pointer<State>(sums),
+                                      output_pointer<State>(maps),
+                                      output_pointer<State>(states)};
+      Device::neunorm_forward(io, options, x.get_device_index());
+    });
+  }
+  return {normalised, sums, maps, states};
+}
+
+// -> dL/dx; dL/dU; dL/d(both decays) [2] if asked for.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> neunorm_lif_backward(const Tensor& grad_normalised, const Tensor& x,
+                                                        const Tensor& weight, const std::optional<Tensor>& decays,
+                                                        const Tensor& sums, const Tensor& maps, const Tensor& states,
+                                                        int64_t steps, std::string neuron, double norm_decay,
+                                                        bool squared, bool return_grad_decays) {
+  const LifOptions options = options_from(neuron, x);
+  const NeuNormShape shape(x, weight, steps);
+  const ScalarType type = x.scalar_type(), state = state_type(type);
+  const Tensor input = with_strides(x, contiguous_strides(shape.sizes));
+  const Tensor grad = contiguous("grad_normalised", grad_normalised, shape.sizes, type, x);
+  const Tensor u = contiguous("weight", weight, sizes_of(weight), state, x);
+  std::optional<Tensor> both;
+  if (decays) both = contiguous("decays", *decays, {2}, state, x);
+  const Tensor sum = contiguous("sums", sums, shape.maps(), state, x);
+  const Tensor map = contiguous("maps", maps, shape.maps(), state, x);
+  const Tensor kept = contiguous("states", states, shape.states(Device::kNeuNormChunk), state, x);
+
+  const auto [groups, strips] = Device::neunorm_parts(shape, type);
+  std::vector<int64_t> partial = sizes_of(weight);
+  partial.insert(partial.begin(), groups);
+  const bool chunks = shape.steps > Device::kNeuNormChunk;
+  const Tensor grad_x = new_contiguous<Device>(shape.sizes, type, x);
+  Tensor grad_weight = new_contiguous<Device>(partial, state, x);
+  Tensor grad_decays = return_grad_decays ? new_contiguous<Device>({groups, strips, 2}, state, x) : no_output(state, x);
+  const Tensor carried = chunks ? new_contiguous<Device>(partial, state, x) : no_output(state, x);
+  if (!shape.empty()) {
+    visit_scalar(type, [&, groups = groups](auto number) {
+      using Scalar = decltype(number);
+      using State = state_t<Scalar>;
+      const NeuNormBackward<Scalar> io{shape.steps,
+                                       shape.batch,
+                                       shape.features,
+                                       shape.positions,
+                                       State(norm_decay),
+                                       squared,
+                                       groups,
+                                       input_pointer<Scalar>(input),
+                                       input_pointer<State>(u),
+                                       input_pointer<State>(both),
+                                       input_pointer<State>(sum),
+                                       input_pointer<State>(map),
+                                       input_pointer<State>(kept),
+                                       input_pointer<Scalar>(grad),
+                                       output_pointer<Scalar>(grad_x),
+                                       output_pointer<State>(grad_weight),
+                                       output_pointer<State>(grad_decays),
+                                       output_pointer<State>(carried)};
+      Device::neunorm_backward(io, options, x.get_device_index());
+    });
+  } else {
+    torch::stable::zero_(grad_weight);
+    torch::stable::zero_(grad_decays);
+  }
+  // The order of these sums follows from the shape alone, too.
+  const auto sum_over = [](const Tensor& tensor, std::vector<int64_t> dims) {
+    return torch::stable::sum(tensor, torch::headeronly::IntHeaderOnlyArrayRef(dims));
+  };
+  return {grad_x, sum_over(grad_weight, {0}), return_grad_decays ? sum_over(grad_decays, {0, 1}) : grad_decays};
 }
 
 }  // namespace stbp

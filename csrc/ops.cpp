@@ -16,6 +16,14 @@ STABLE_TORCH_LIBRARY(stbp_cuda, m) {
   m.def(
       "lif_backward(Tensor grad_spikes, Tensor? grad_final, Tensor x, Tensor? initial_potential, Tensor states, "
       "int steps, str neuron, bool return_grad_initial) -> (Tensor grad_x, Tensor grad_initial)");
+  m.def(
+      "neunorm_lif_forward(Tensor x, Tensor weight, Tensor? decays, int steps, str neuron, float norm_decay, "
+      "bool squared) "
+      "-> (Tensor normalised, Tensor sums, Tensor maps, Tensor states)");
+  m.def(
+      "neunorm_lif_backward(Tensor grad_normalised, Tensor x, Tensor weight, Tensor? decays, Tensor sums, Tensor maps, "
+      "Tensor states, int steps, str neuron, float norm_decay, bool squared, bool return_grad_decays) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_decays)");
 }
 
 namespace {
@@ -26,15 +34,18 @@ PyObject* build_info(PyObject*, PyObject*) {
   const char* const cuda_compiler = STBP_CUDA_COMPILER;
   const char* const cuda_architectures = STBP_CUDA_ARCHITECTURES;
   const int cuda_chunk = stbp::cuda_chunk();
+  const int cuda_neunorm_chunk = stbp::cuda_neunorm_chunk();
 #else
   const char* const cuda_compiler = nullptr;
   const char* const cuda_architectures = "";
   const int cuda_chunk = 0;
+  const int cuda_neunorm_chunk = 0;
 #endif
-  return Py_BuildValue("{s:s, s:s, s:s, s:i, s:i, s:z, s:s, s:i}", "torch_headers", TORCH_VERSION, "cxx_compiler",
-                       __VERSION__, "cpu_instruction_set", stbp::cpu_instruction_set(), "cpu_chunk", stbp::cpu_chunk(),
-                       "cpu_cache_mb", int(stbp::cpu_cache_limit() >> 20), "cuda_compiler", cuda_compiler,
-                       "cuda_architectures", cuda_architectures, "cuda_chunk", cuda_chunk);
+  return Py_BuildValue("{s:s, s:s, s:s, s:i, s:i, s:i, s:z, s:s, s:i, s:i}", "torch_headers", TORCH_VERSION,
+                       "cxx_compiler", __VERSION__, "cpu_instruction_set", stbp::cpu_instruction_set(), "cpu_chunk",
+                       stbp::cpu_chunk(), "cpu_neunorm_chunk", stbp::cpu_neunorm_chunk(), "cpu_cache_mb",
+                       int(stbp::cpu_cache_limit() >> 20), "cuda_compiler", cuda_compiler, "cuda_architectures",
+                       cuda_architectures, "cuda_chunk", cuda_chunk, "cuda_neunorm_chunk", cuda_neunorm_chunk);
 }
 
 PyObject* empty_cpu_cache(PyObject*, PyObject*) { return PyLong_FromLongLong(stbp::cpu::empty_cache()); }

@@ -243,19 +243,20 @@ STBP_FN void backward_scan(const Lanes& lanes, const Neuron neuron, const LifBac
 
     const int64_t offset = start * io.neurons + first;
     const auto recompute_at = [&](auto steps, int k) {
-      recompute<steps()>(lanes, neuron, io.x + offset + k * io.neurons, io.neurons, v, from_zero, u + k);
+      recompute<decltype(steps)::value>(lanes, neuron, io.x + offset + k * io.neurons, io.neurons, v, from_zero, u + k);
       from_zero = false;
     };
     const auto turn_at = [&](auto steps, int k) {
       const int64_t at = offset + k * io.neurons;
-      turn<steps()>(lanes, neuron, io.x + at, io.grad_spikes + at, io.grad_x + at, io.neurons, v, from_zero, grad_v,
-                    grad_from_zero, start + k > 0 || io.grad_initial);
+      turn<decltype(steps)::value>(lanes, neuron, io.x + at, io.grad_spikes + at, io.grad_x + at, io.neurons, v,
+                                   from_zero, grad_v, grad_from_zero, start + k > 0 || io.grad_initial);
       grad_from_zero = false;
     };
     const auto go_back_at = [&](auto steps, int k) {
       const int64_t at = offset + k * io.neurons;
       const bool needed = !Lanes::kStateInMemory || start + k > 0 || io.grad_initial;
-      go_back<steps()>(lanes, neuron, u + k, io.grad_spikes + at, io.grad_x + at, io.neurons, grad_v, needed);
+      go_back<decltype(steps)::value>(lanes, neuron, u + k, io.grad_spikes + at, io.grad_x + at, io.neurons, grad_v,
+                                      needed);
     };
     if constexpr (Lanes::kStateInMemory) {
       constexpr std::integral_constant<int, 1> one;

@@ -14,10 +14,11 @@ from .surrogate import SURROGATES, Surrogate, resolve_surrogate
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Checked", "check_options", "lif", "run"]
+__all__ = ["Checked", "check_norm", "check_options", "lif", "neunorm", "neunorm_lif", "run", "run_neunorm"]
 
 BACKENDS = ("auto", "fused", "reference")
 RESETS = ("hard", "soft")
+SCALINGS = ("1/F", "1/F^2")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -31,6 +32,17 @@ def _check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite in float32, got {value}")
 
 
+def _check_decay(name: str, value: object) -> None:
+    _check_number(name, value)
+    if not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def _check_steps(steps: object) -> None:
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+
+
 class Checked(NamedTuple):
     """Options of :func:`lif` that have been checked, in the forms in which they are used."""
 
@@ -42,21 +54,20 @@ class Checked(NamedTuple):
 
 def check_options(
     *,
-    decay: float,
-    v_threshold: float,
-    surrogate: str | Surrogate,
-    reset: str,
-    v_reset: float,
-    detach_reset: bool,
-    strict_threshold: bool,
+    decay: float = 0.25,
+    v_threshold: float = 0.75,
+    surrogate: str | Surrogate = "rectangular",
+    reset: str = "hard",
+    v_reset: float = 0.0,
+    detach_reset: bool = False,
+    spatial_only: bool = False,
+    strict_threshold: bool = False,
     smooth: bool = False,
-    steps: int | None,
-    backend: str,
+    steps: int | None = None,
+    backend: str = "auto",
 ) -> Checked:
     """Raise if an option of :func:`lif` is not one it accepts; the options are described there."""
-    _check_number("decay", decay)
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay must lie in [0, 1], got {decay}")
+    _check_decay("decay", decay)
     _check_number("v_threshold", v_threshold)
     _check_number("v_reset", v_reset)
     if reset not in RESETS:
@@ -68,14 +79,14 @@ def check_options(
         raise ValueError(f"v_threshold must lie above {at_rest}, got v_threshold={v_threshold}, v_reset={v_reset}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    _check_steps(steps)
     options: dict[str, Any] = {
         "decay": decay,
         "v_threshold": v_threshold,
         "v_reset": v_reset,
         "soft_reset": reset == "soft",
         "detach_reset": bool(detach_reset),
+        "spatial_only": bool(spatial_only),
         "strict_threshold": bool(strict_threshold),
         "smooth": bool(smooth),
         "surrogate": resolve_surrogate(surrogate),
@@ -83,25 +94,32 @@ def check_options(
     return Checked(options, ops.neuron_text(**options), steps, backend)
 
 
-def _check_input(x: Tensor, steps: int | None) -> int:
+def _check_input(x: Tensor, steps: int | None, name: str = "x") -> int:
     """Raise if x does not fit; return the number of steps."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         accepted = ", ".join(str(dtype) for dtype in DTYPES)
-        raise TypeError(f"x must be of dtype {accepted}; got {x.dtype}")
+        raise TypeError(f"{name} must be of dtype {accepted}; got {x.dtype}")
     if x.layout != torch.strided:
-        raise TypeError(f"x must be a strided tensor, got layout {x.layout}")
+        raise TypeError(f"{name} must be a strided tensor, got layout {x.layout}")
     if x.dim() == 0:
-        raise ValueError("x must have a time dimension, [T, ...] or with steps=T [T*B, ...], got a tensor of shape ()")
+        raise ValueError(
+            f"{name} must have a time dimension, [T, ...] or with steps=T [T*B, ...], got a tensor of shape ()"
+        )
     entries = x.shape[0]
     if steps is None:
         if entries == 0:
-            raise ValueError(f"x must have at least one time step in its first dimension, got shape {tuple(x.shape)}")
+            shape = tuple(x.shape)
+            raise ValueError(f"{name} must have at least one time step in its first dimension, got shape {shape}")
         return entries
     if entries % steps:
-        raise ValueError(f"steps={steps} must divide the first dimension of x, got shape {tuple(x.shape)}")
+        raise ValueError(f"steps={steps} must divide the first dimension of {name}, got shape {tuple(x.shape)}")
     return steps
+
+
+def _unfolded(x: Tensor, steps: int, folded: bool) -> Tensor:
+    return x.reshape(steps, x.shape[0] // steps, *x.shape[1:]) if folded else x
 
 
 def _check_initial_potential(v: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
@@ -145,20 +163,26 @@ def _use_fused(x: Tensor, checked: Checked) -> bool:
     return False
 
 
-class LIFOptions(TypedDict, total=False):
-    """The keyword arguments of :func:`lif`, for the type checker."""
+class NeuronOptions(TypedDict, total=False):
+    """The keyword arguments that all neurons have beside decay, threshold and surrogate, for the type checker."""
+
+    reset: Literal["hard", "soft"]
+    v_reset: float
+    detach_reset: bool
+    spatial_only: bool
+    strict_threshold: bool
+    steps: int | None
+    backend: Literal["auto", "fused", "reference"]
+
+
+class LIFOptions(NeuronOptions, total=False):
+    """The keyword arguments of :func:`lif`."""
 
     decay: float
     v_threshold: float
     surrogate: str | Surrogate
-    reset: Literal["hard", "soft"]
-    v_reset: float
-    detach_reset: bool
-    strict_threshold: bool
     smooth: bool
-    steps: int | None
     initial_potential: Tensor | None
-    backend: Literal["auto", "fused", "reference"]
 
 
 @overload
@@ -178,6 +202,7 @@ def lif(
     reset: Literal["hard", "soft"] = "hard",
     v_reset: float = 0.0,
     detach_reset: bool = False,
+    spatial_only: bool = False,
     strict_threshold: bool = False,
     smooth: bool = False,
     steps: int | None = None,
@@ -206,6 +231,8 @@ def lif(
         reset: "hard" sets the potential of a neuron that fired to ``v_reset``, "soft" subtracts ``v_threshold``.
         v_reset: the potential after a hard reset.
         detach_reset: let no gradient through the reset (``v``'s dependence on ``o``).
+        spatial_only: let no gradient from a step to the one before: the spatial-only backpropagation (SDBP) that
+            arXiv:1706.02609 compares STBP with. ``initial_potential`` then gets a gradient of zero.
         strict_threshold: fire at ``u > v_threshold`` (the authors' code, NIR) instead of ``u >= v_threshold``.
         smooth: fire with the surrogate's antiderivative, a number between 0 and 1, which makes the whole layer
             differentiable: for ``torch.autograd.gradcheck``. The fused kernels have it for float64 only.
@@ -234,6 +261,7 @@ def lif(
         reset=reset,
         v_reset=v_reset,
         detach_reset=detach_reset,
+        spatial_only=spatial_only,
         strict_threshold=strict_threshold,
         smooth=smooth,
         steps=steps,
@@ -256,9 +284,7 @@ def run(
     spikes: Tensor
     potential: Tensor
     if not _use_fused(x, checked):
-        spikes, potential = reference.lif(
-            x.reshape(steps, x.shape[0] // steps, *x.shape[1:]) if folded else x, initial_potential, **checked.options
-        )
+        spikes, potential = reference.lif(_unfolded(x, steps, folded), initial_potential, **checked.options)
         if folded:
             spikes = spikes.flatten(0, 1)
         return (spikes, potential) if return_potential else spikes
@@ -280,3 +306,128 @@ def run(
         if not return_potential:
             return spikes
     return spikes, potential if folded else potential.squeeze(0)
+
+
+def check_norm(norm_decay: float, scaling: str, name: str = "norm_decay") -> None:
+    """Raise if an option of :func:`neunorm` or :func:`neunorm_lif` is not one they accept."""
+    _check_decay(name, norm_decay)
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
+
+
+def _check_weight(weight: Tensor, x: Tensor, folded: bool, name: str) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be of a floating dtype, got {weight.dtype}")
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on the device of {name}, {x.device}, got {weight.device}")
+    if weight.dim() == 0 or weight.shape[0] == 0:
+        raise ValueError(f"weight must have shape [C, ...] with at least one feature map, got {tuple(weight.shape)}")
+    before = 1 if folded else 2
+    if x.dim() != before + weight.dim() or x.shape[before:] != weight.shape:
+        expected = f"[{'T*B' if folded else 'T, B'}, {', '.join(map(str, weight.shape))}], after weight"
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
+
+
+def neunorm(
+    spikes: Tensor,
+    weight: Tensor,
+    decay: float | Tensor = 0.8,
+    *,
+    scaling: Literal["1/F", "1/F^2"] = "1/F",
+    steps: int | None = None,
+) -> Tensor:
+    """Neuron normalisation (NeuNorm) of spikes, in plain PyTorch.
+
+    All F feature maps of a layer share an auxiliary map ``a``, a leaky mean of their spikes, and each gets its share of
+    it subtracted before the next layer (arXiv:1809.05793, Eqs. 9-10)::
+
+        a[t] = decay * a[t-1] + gain * sum_f o_f[t]
+        y_c[t] = o_c[t] - U_c * a[t]
+
+    Args:
+        spikes: ``[T, B, C, H, W]``, time-major; or ``[T*B, C, H, W]`` with ``steps=T``. float64, float32, float16 or
+            bfloat16. ``H, W`` stand for any number of dimensions of space.
+        weight: the trainable ``U [C, H, W]``.
+        decay: the leak of the auxiliary map, in [0, 1] (``k_tau2`` of the paper). A float, or a tensor of one number,
+            which can then be learned and is not checked.
+        scaling: ``gain`` is ``(1 - decay) / F`` with "1/F", so that ``a`` is a running mean rate, as the paper says in
+            words; ``(1 - decay) / F**2`` with "1/F^2", as follows from its equation and ``k_tau2 + v F = 1``.
+        steps: the number of time steps T where time and batch share the first dimension.
+
+    Returns:
+        ``y``, in the shape and dtype of ``spikes``. Computed in float64 for float64 spikes, else in float32.
+
+    Raises:
+        TypeError: an argument has a wrong type, or a tensor a dtype that is not accepted.
+        ValueError: an option is out of range, or a shape or device does not fit.
+    """
+    check_norm(0.0 if isinstance(decay, Tensor) else decay, scaling, "decay")
+    _check_steps(steps)
+    folded = steps is not None
+    steps = _check_input(spikes, steps, "spikes")
+    _check_weight(weight, spikes, folded, "spikes")
+    result = reference.neunorm(_unfolded(spikes, steps, folded), weight, decay=decay, squared=scaling == "1/F^2")
+    return result.flatten(0, 1) if folded else result
+
+
+def neunorm_lif(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    decay: float | Tensor = 0.25,
+    v_threshold: float = 0.75,
+    surrogate: str | Surrogate = "rectangular",
+    norm_decay: float | Tensor = 0.8,
+    scaling: Literal["1/F", "1/F^2"] = "1/F",
+    smooth: bool = False,
+    **options: Unpack[NeuronOptions],
+) -> Tensor:
+    """:func:`lif` and :func:`neunorm` of its spikes, in one fused pass forward and one backward.
+
+    Args:
+        x: input current ``[T, B, C, H, W]``, or ``[T*B, C, H, W]`` with ``steps=T``; as in :func:`lif`, but made
+            contiguous where it is not.
+        weight: the trainable ``U [C, H, W]``.
+        decay, norm_decay: the leaks of potential and auxiliary map, in [0, 1] (``k_tau1`` and ``k_tau2`` of
+            arXiv:1809.05793). Floats, or tensors of one number each, which can then be learned and are not checked.
+        v_threshold, surrogate, smooth, others: as in :func:`lif`.
+        scaling: as in :func:`neunorm`.
+
+    Returns:
+        ``o_c[t] - U_c * a[t]``, in the shape and dtype of ``x``.
+
+    Raises:
+        TypeError, ValueError: as :func:`lif` and :func:`neunorm`.
+        RuntimeError: ``backend="fused"`` and no fused kernel can run.
+    """
+    checked = check_options(
+        decay=0.0 if isinstance(decay, Tensor) else decay,
+        v_threshold=v_threshold,
+        surrogate=surrogate,
+        smooth=smooth,
+        **options,
+    )
+    check_norm(0.0 if isinstance(norm_decay, Tensor) else norm_decay, scaling)
+    return run_neunorm(x, weight, checked, decay, norm_decay, scaling == "1/F^2")
+
+
+def run_neunorm(
+    x: Tensor, weight: Tensor, checked: Checked, decay: float | Tensor, norm_decay: float | Tensor, squared: bool
+) -> Tensor:
+    """:func:`neunorm_lif` with options that were checked before."""
+    steps, folded = _check_input(x, checked.steps), checked.steps is not None
+    _check_weight(weight, x, folded, "x")
+    state = ops.state_dtype(x.dtype)
+    if not _use_fused(x, checked):
+        spikes, _ = reference.lif(_unfolded(x, steps, folded), None, **{**checked.options, "decay": decay})
+        result = reference.neunorm(spikes, weight, decay=norm_decay, squared=squared)
+        return result.flatten(0, 1) if folded else result
+    decays = None
+    if isinstance(decay, Tensor) or isinstance(norm_decay, Tensor):
+        both = (torch.as_tensor(value, dtype=state, device=x.device) for value in (decay, norm_decay))
+        decays = torch.stack([value.reshape(()) for value in both])
+    constant = 0.0 if isinstance(norm_decay, Tensor) else norm_decay
+    call = (checked.steps, checked.neuron, constant, squared)
+    return ops.FusedNeuNormLIF.apply(x, weight.to(state), decays, call)  # type: ignore[no-any-return]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from . import functional
 from .surrogate import Surrogate, resolve_surrogate
 
-__all__ = ["LIFLayer"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["LIFLayer", "NeuNorm", "NeuNormLIF"]
 
 _OPTIONS = frozenset(inspect.signature(functional.check_options).parameters) - {"smooth"}
 
@@ -29,6 +34,7 @@ class LIFLayer(nn.Module):
         reset: "hard" (to ``v_reset``) or "soft" (subtract ``v_threshold``). Default "hard".
         v_reset: the potential after a hard reset. Default 0.
         detach_reset: let no gradient through the reset. Default False.
+        spatial_only: let no gradient from a step to the one before (SDBP). Default False.
         strict_threshold: fire at ``u > v_threshold`` instead of ``u >= v_threshold``. Default False.
         steps: the number of time steps T, where the input is ``[T*B, ...]``; None for input ``[T, B, ...]``.
         backend: "auto", "fused" or "reference". Default "auto".
@@ -51,6 +57,7 @@ class LIFLayer(nn.Module):
         reset: Literal["hard", "soft"] = "hard",
         v_reset: float = 0.0,
         detach_reset: bool = False,
+        spatial_only: bool = False,
         strict_threshold: bool = False,
         steps: int | None = None,
         backend: Literal["auto", "fused", "reference"] = "auto",
@@ -62,6 +69,7 @@ class LIFLayer(nn.Module):
         self.reset: Literal["hard", "soft"] = reset
         self.v_reset = v_reset
         self.detach_reset = detach_reset
+        self.spatial_only = spatial_only
         self.strict_threshold = strict_threshold
         self.steps = steps
         self.backend: Literal["auto", "fused", "reference"] = backend
@@ -98,6 +106,113 @@ class LIFLayer(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"decay={self.decay}, v_threshold={self.v_threshold}, surrogate={self.surrogate}, reset={self.reset!r}, "
-            f"v_reset={self.v_reset}, detach_reset={self.detach_reset}, strict_threshold={self.strict_threshold}, "
-            f"steps={self.steps}, backend={self.backend!r}"
+            f"v_reset={self.v_reset}, detach_reset={self.detach_reset}, spatial_only={self.spatial_only}, "
+            f"strict_threshold={self.strict_threshold}, steps={self.steps}, backend={self.backend!r}"
         )
+
+
+def _weight(shape: Sequence[int]) -> nn.Parameter:
+    """``U``, zero: a network starts as the one without normalisation."""
+    sizes = tuple(shape)
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"shape must hold the positive sizes (C, H, W) of one sample, got {shape!r}")
+    return nn.Parameter(torch.zeros(sizes))
+
+
+class NeuNorm(nn.Module):
+    """Neuron normalisation of spikes; :func:`stbp_cuda.functional.neunorm` as a module, and described there.
+
+    Args:
+        shape: ``(C, H, W)`` of the feature maps, which the trainable ``weight`` (``U``) gets. It starts from 0.
+        decay: the leak of the auxiliary map, in [0, 1]. Default 0.8, as for the CIFAR10 networks of arXiv:1809.05793.
+        scaling: "1/F" or "1/F^2". Default "1/F".
+        steps: the number of time steps T, where the input is ``[T*B, C, H, W]``; None for ``[T, B, C, H, W]``.
+
+    Raises:
+        TypeError, ValueError: an argument is not one of those accepted.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        decay: float = 0.8,
+        *,
+        scaling: Literal["1/F", "1/F^2"] = "1/F",
+        steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        functional.check_norm(decay, scaling, "decay")
+        self.weight = _weight(shape)
+        self.decay = decay
+        self.scaling: Literal["1/F", "1/F^2"] = scaling
+        self.steps = steps
+
+    def forward(self, spikes: Tensor) -> Tensor:
+        """Normalise the spikes of all time steps, ``[T, B, C, H, W]`` or ``[T*B, C, H, W]`` with ``steps=T``."""
+        return functional.neunorm(spikes, self.weight, self.decay, scaling=self.scaling, steps=self.steps)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, decay={self.decay}, scaling={self.scaling!r}, steps={self.steps}"
+
+
+class NeuNormLIF(LIFLayer):
+    """:class:`LIFLayer` and :class:`NeuNorm` in one fused pass; :func:`stbp_cuda.functional.neunorm_lif` as a module.
+
+    Args:
+        shape: ``(C, H, W)`` of the feature maps, which the trainable ``weight`` (``U``) gets. It starts from 0.
+        decay, v_threshold, surrogate, others: as in :class:`LIFLayer`.
+        norm_decay: the leak of the auxiliary map, in [0, 1]. Default 0.8.
+        scaling: "1/F" or "1/F^2". Default "1/F".
+        learn_decays: whether both decays are trained, as the sigmoid of a parameter ``decay_logits`` of two numbers;
+            they must then lie between 0 and 1 and may not be either. Default False.
+
+    Raises:
+        TypeError, ValueError: an argument is not one of those accepted.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        decay: float = 0.25,
+        v_threshold: float = 0.75,
+        surrogate: str | Surrogate = "rectangular",
+        *,
+        norm_decay: float = 0.8,
+        scaling: Literal["1/F", "1/F^2"] = "1/F",
+        learn_decays: bool = False,
+        **options: Unpack[functional.NeuronOptions],
+    ) -> None:
+        super().__init__(decay, v_threshold, surrogate, **options)
+        functional.check_norm(norm_decay, scaling)
+        self.weight = _weight(shape)
+        self.norm_decay = norm_decay
+        self.scaling: Literal["1/F", "1/F^2"] = scaling
+        self.decay_logits: nn.Parameter | None = None
+        if learn_decays:
+            for name, value in ("decay", decay), ("norm_decay", norm_decay):
+                if value in (0, 1):
+                    raise ValueError(f"{name} must lie between 0 and 1 where it is learned, got {value}")
+            self.decay_logits = nn.Parameter(torch.logit(torch.tensor([decay, norm_decay])))
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Run the layer on input current ``[T, B, C, H, W]``, or ``[T*B, C, H, W]`` with ``steps=T``.
+
+        Returns:
+            The normalised spikes, in the shape and dtype of ``x``.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.neunorm_lif`.
+        """
+        if self._checked is None:
+            self._checked = self._check()
+        decay: float | Tensor
+        norm_decay: float | Tensor
+        decay, norm_decay = self.decay, self.norm_decay
+        if self.decay_logits is not None:
+            decay, norm_decay = self.decay_logits.sigmoid().unbind()
+        return functional.run_neunorm(x, self.weight, self._checked, decay, norm_decay, self.scaling == "1/F^2")
+
+    def extra_repr(self) -> str:
+        learned = self.decay_logits is not None
+        norm = f"norm_decay={self.norm_decay}, scaling={self.scaling!r}, learn_decays={learned}"
+        return f"{tuple(self.weight.shape)}, {super().extra_repr()}, {norm}"

@@ -1,12 +1,14 @@
 """The compiled operators, and what the stable ABI cannot give them: fake kernels and autograd.
 
-``torch.ops.stbp_cuda.lif_forward`` and ``lif_backward`` are defined in ``csrc/ops.cpp``, with one implementation per
-device. Here they learn the shapes of their outputs (for ``torch.compile`` and ``torch.export``) and their gradients.
+``torch.ops.stbp_cuda.lif_forward``, ``lif_backward`` and their like with normalisation are defined in ``csrc/ops.cpp``,
+with one implementation per device. Here they learn the shapes of their outputs (for ``torch.compile`` and
+``torch.export``) and their gradients.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from typing import Any
 
@@ -23,10 +25,21 @@ except ImportError as error:
         "the installed package: run from elsewhere, or install with `pip install -e .`"
     ) from error
 
-__all__ = ["FusedLIF", "build_info", "chunk", "empty_cpu_cache", "fused_backend_problem", "neuron_text", "state_dtype"]
+__all__ = [
+    "FusedLIF",
+    "FusedNeuNormLIF",
+    "build_info",
+    "chunk",
+    "empty_cpu_cache",
+    "fused_backend_problem",
+    "neuron_text",
+    "state_dtype",
+]
 
 lif_forward = torch.ops.stbp_cuda.lif_forward.default
 lif_backward = torch.ops.stbp_cuda.lif_backward.default
+neunorm_lif_forward = torch.ops.stbp_cuda.neunorm_lif_forward.default
+neunorm_lif_backward = torch.ops.stbp_cuda.neunorm_lif_backward.default
 
 
 def neuron_text(
@@ -36,15 +49,16 @@ def neuron_text(
     v_reset: float,
     soft_reset: bool,
     detach_reset: bool,
+    spatial_only: bool,
     strict_threshold: bool,
     smooth: bool,
     surrogate: Surrogate,
 ) -> str:
-    """The operators' argument ``neuron``: in one word what else were nine, each of which would cost every call."""
+    """The operators' argument ``neuron``: in one word what else were ten, each of which would cost every call."""
     return (
         f"lif decay={float(decay)!r} v_threshold={float(v_threshold)!r} v_reset={float(v_reset)!r} "
         f"reset={'soft' if soft_reset else 'hard'} detach_reset={detach_reset:d} "
-        f"strict_threshold={strict_threshold:d} smooth={smooth:d} "
+        f"spatial_only={spatial_only:d} strict_threshold={strict_threshold:d} smooth={smooth:d} "
         f"surrogate={surrogate.name} width={float(surrogate.width)!r}"
     )
 
@@ -57,9 +71,9 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunk(device_type: str) -> int:
-    """K of "one state is kept for backward every K steps" on a device."""
-    value = _INFO[f"{'cuda' if device_type == 'cuda' else 'cpu'}_chunk"]
+def chunk(device_type: str, neuron: str = "") -> int:
+    """K of "one state is kept for backward every K steps" on a device; for ``neuron="neunorm_"`` that with NeuNorm."""
+    value = _INFO[f"{'cuda' if device_type == 'cuda' else 'cpu'}_{neuron}chunk"]
     return int(value)
 
 
@@ -96,7 +110,8 @@ def build_info() -> dict[str, Any]:
     Returns:
         Versions (``stbp_cuda``, ``python``, ``torch``, ``torch_headers``, ``cxx_compiler``, ``cuda_compiler``: None
         without CUDA kernels); ``cuda_architectures``, as a string such as "7.5 9.0+PTX"; ``cpu_instruction_set``, the
-        one chosen on this machine; ``cpu_chunk`` and ``cuda_chunk``, the K of "one state is kept every K steps";
+        one chosen on this machine; ``cpu_chunk`` and ``cuda_chunk``, the K of "one state is kept every K steps", and
+        ``cpu_neunorm_chunk`` and ``cuda_neunorm_chunk``, those with normalisation;
         ``cpu_cache_mb``, the most that :func:`empty_cpu_cache` may find; and ``backends``: for each device here, what a
         tensor on it would use.
     """
@@ -225,3 +240,66 @@ def _lif_gradients(ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | No
 
 
 _refuse_second_derivatives = torch.autograd.function.once_differentiable(_lif_gradients)
+
+
+@torch.library.register_fake("stbp_cuda::neunorm_lif_forward")  # type: ignore[untyped-decorator]
+def _(
+    x: Tensor, weight: Tensor, decays: Tensor | None, steps: int, neuron: str, norm_decay: float, squared: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    state = state_dtype(x.dtype)
+    positions = math.prod(weight.shape[1:])
+    batch = math.prod(x.shape[: x.dim() - weight.dim()]) // steps
+    saved = (steps - 1) // chunk(x.device.type, "neunorm_")
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((steps, batch, positions), dtype=state),
+        x.new_empty((steps, batch, positions), dtype=state),
+        x.new_empty((saved, batch, weight.shape[0], positions), dtype=state),
+    )
+
+
+@torch.library.register_fake("stbp_cuda::neunorm_lif_backward")  # type: ignore[untyped-decorator]
+def _(
+    grad_normalised: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    decays: Tensor | None,
+    sums: Tensor,
+    maps: Tensor,
+    states: Tensor,
+    steps: int,
+    neuron: str,
+    norm_decay: float,
+    squared: bool,
+    return_grad_decays: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(2 if return_grad_decays else 0)
+
+
+class FusedNeuNormLIF(torch.autograd.Function):
+    """The fused passes of LIF neurons with normalisation as one differentiable function."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, decays: Tensor | None, call: tuple[int | None, str, float, bool]
+    ) -> Tensor:
+        """Args: those of the operator; ``call`` is (steps, neuron, norm_decay, squared), as in :class:`FusedLIF`."""
+        steps, *neuron = call
+        kept: tuple[Tensor, ...]
+        normalised: Tensor
+        normalised, *kept = neunorm_lif_forward(x, weight, decays, x.shape[0] if steps is None else steps, *neuron)
+        ctx.save_for_backward(x, weight, decays, *kept)
+        ctx.call = call
+        return normalised
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_normalised: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns dL/dx, dL/dweight and dL/ddecays."""
+        x, weight, decays, *kept = ctx.saved_tensors
+        steps, *neuron = ctx.call
+        wants_decays = decays is not None and ctx.needs_input_grad[2]
+        grad_x, grad_weight, grad_decays = neunorm_lif_backward(
+            grad_normalised, x, weight, decays, *kept, x.shape[0] if steps is None else steps, *neuron, wants_decays
+        )
+        return grad_x, grad_weight, grad_decays if wants_decays else None, None

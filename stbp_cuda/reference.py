@@ -1,4 +1,4 @@
-"""The specification: the LIF neuron as a plain loop over time, differentiated by autograd.
+"""The specification: neurons as plain loops over time, differentiated by autograd.
 
 Everything else in this package must agree with it. It is meant to be read, and to run where no fused kernel can.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .surrogate import Surrogate
 
-__all__ = ["lif"]
+__all__ = ["lif", "neunorm"]
 
 
 class _Spike(torch.autograd.Function):
@@ -35,11 +35,12 @@ def lif(
     x: Tensor,
     initial_potential: Tensor | None,
     *,
-    decay: float,
+    decay: float | Tensor,
     v_threshold: float,
     v_reset: float,
     soft_reset: bool,
     detach_reset: bool,
+    spatial_only: bool,
     strict_threshold: bool,
     smooth: bool,
     surrogate: Surrogate,
@@ -64,7 +65,7 @@ def lif(
     v = torch.zeros_like(x[0], dtype=state) if initial_potential is None else initial_potential.to(state)
     spikes = []
     for current in x:
-        u = decay * v + current.to(state)
+        u = decay * (v.detach() if spatial_only else v) + current.to(state)
         o = (
             surrogate.antiderivative(u - v_threshold)
             if smooth
@@ -74,3 +75,30 @@ def lif(
         v = u - v_threshold * reset_by if soft_reset else u * (1 - reset_by) + v_reset * reset_by
         spikes.append(o.to(x.dtype))
     return torch.stack(spikes), v
+
+
+def neunorm(spikes: Tensor, weight: Tensor, *, decay: float | Tensor, squared: bool) -> Tensor:
+    """Neuron normalisation of all steps of ``spikes``, as in Eqs. 9-10 of arXiv:1809.05793 ::
+
+        a[t] = decay * a[t-1] + gain * sum of the feature maps of o[t]     gain = (1 - decay) / C or / C**2
+        y_c[t] = o_c[t] - U_c * a[t]
+
+    Args:
+        spikes: ``[T, ..., C, H, W]``, any floating dtype; ``H, W`` stand for any number of dimensions of space.
+        weight: ``U [C, H, W]``.
+        others: as in :func:`stbp_cuda.functional.neunorm`, which checks them.
+
+    Returns:
+        ``y``, in the shape and dtype of ``spikes``. Computed in float64 for float64 spikes, else in float32.
+    """
+    state = torch.float64 if spikes.dtype == torch.float64 else torch.float32
+    features = weight.shape[0]
+    decay = torch.as_tensor(decay, dtype=state, device=spikes.device)
+    gain = (1 - decay) / (features**2 if squared else features)
+    o = spikes.to(state)
+    a = torch.zeros((), dtype=state, device=spikes.device)
+    maps = []
+    for of_all_features in o.sum(-weight.dim(), keepdim=True):
+        a = decay * a + gain * of_all_features
+        maps.append(a)
+    return (o - weight.to(state) * torch.stack(maps)).to(spikes.dtype)

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import pybind11
 import pytest
+import test_neunorm
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_lif import (
     Case,
@@ -46,6 +47,7 @@ BUILDS = {"plain": "-O1", "sanitized": "-fsanitize=address,undefined -fno-saniti
 SANITIZED = os.environ.get("STBP_CUDA_SANITIZED")
 
 CHUNK, THREADS = 8, 128  # the kernels' own, for the cases to lie around
+NEUNORM_CHUNK, STRIP = 8, 32
 # The bytes on either side of an array: what a block of threads writes at once, in the largest packs. Sanitizers see
 # where the memory itself ends.
 GUARD = 0 if SANITIZED else THREADS * 32
@@ -88,6 +90,11 @@ def stand_in(builds: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (module.chunk, module.threads) == (CHUNK, THREADS)
+    assert (module.neunorm_chunk, module.neunorm_strips(STRIP), module.neunorm_strips(STRIP + 1)) == (
+        NEUNORM_CHUNK,
+        1,
+        2,
+    )
     assert module.surrogates == list(SURROGATES)
     return module
 
@@ -117,6 +124,28 @@ def result(array: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(array).view(dtype)
 
 
+def options_of(
+    stand_in: ModuleType,
+    case: Case | test_neunorm.Case,
+    surrogate: str,
+    reset: str,
+    detach_reset: bool = False,
+    smooth: bool = False,
+) -> Any:
+    return stand_in.Options(
+        case.decay,
+        case.v_threshold,
+        case.v_reset if reset == "hard" else 0.0,
+        reset == "soft",
+        detach_reset,
+        case.spatial_only,
+        case.strict,
+        smooth,
+        stand_in.surrogates.index(surrogate),
+        case.width,
+    )
+
+
 def run_stand_in(
     stand_in: ModuleType,
     case: Case,
@@ -133,17 +162,7 @@ def run_stand_in(
     dtype = tensors[0].dtype
     state = ops.state_dtype(dtype)
     kernels = kernels_of(stand_in, dtype)
-    options = stand_in.Options(
-        case.decay,
-        case.v_threshold,
-        case.v_reset if reset == "hard" else 0.0,
-        reset == "soft",
-        detach_reset,
-        case.strict,
-        smooth,
-        stand_in.surrogates.index(surrogate),
-        case.width,
-    )
+    options = options_of(stand_in, case, surrogate, reset, detach_reset, smooth)
     x, initial, gradient, last = (None if tensor is None else copy_of(tensor) for tensor in tensors)
     steps, neurons = case.steps, *case.shape
     kept = (steps - 1) // CHUNK
@@ -239,6 +258,106 @@ def test_smooth_spikes_agree_with_the_reference(
                 torch.testing.assert_close(ours_, theirs, rtol=1e-11, atol=1e-12)
 
 
+def run_neunorm_stand_in(
+    stand_in: ModuleType,
+    case: test_neunorm.Case,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    *,
+    groups: int,
+    surrogate: str,
+    reset: str,
+    smooth: bool = False,
+) -> test_neunorm.Results:
+    """The results of ``test_neunorm.run``, with the batch in so many groups."""
+    dtype = tensors[0].dtype
+    state = ops.state_dtype(dtype)
+    kernels = kernels_of(stand_in, dtype)
+    options = options_of(stand_in, case, surrogate, reset, smooth=smooth)
+    x, weight, gradient = (copy_of(tensor) for tensor in tensors)
+    features, positions = case.shape
+    shape = [case.steps, case.batch, features, positions]
+    kept = (case.steps - 1) // NEUNORM_CHUNK
+    squared, strips = case.scaling == "1/F^2", stand_in.neunorm_strips(positions)
+    decays = copy_of(torch.tensor([case.decay, case.norm_decay], dtype=state)) if case.learned else None
+    normalised, grad_x = (blank(tuple(x.shape), dtype) for _ in range(2))
+    sums, maps = (blank((case.steps, case.batch, positions), state) for _ in range(2))
+    states = blank((kept, case.batch, features, positions), state) if kept else None
+    carried = blank((groups, features, positions), state) if kept else None
+    grad_weight = blank((groups, features, positions), state)
+    grad_decays = blank((groups, strips, 2), state) if case.learned else None
+    both = (case.norm_decay, squared)
+    kernels.NeuNormForward(shape, *both, x, weight, decays, normalised, sums, maps, states).launch(options)
+    kernels.NeuNormBackward(
+        shape, *both, groups, x, weight, decays, sums, maps, states, gradient, grad_x, grad_weight, grad_decays, carried
+    ).launch(options)
+    for array in (sums, maps, states, carried):
+        assert array is None or not result(array, state).isnan().any()
+    return (
+        result(normalised, dtype),
+        result(grad_x, dtype),
+        result(grad_weight, state).sum(0),
+        None if grad_decays is None else result(grad_decays, state).sum((0, 1)),
+    )
+
+
+# Around the ends of chunks, of strips, and of what the warps of a block share; a block here costs milliseconds.
+neunorm_cases = st.builds(
+    dataclasses.replace,
+    test_neunorm.cases,
+    steps=st.sampled_from([1, 2, NEUNORM_CHUNK, NEUNORM_CHUNK + 1, 2 * NEUNORM_CHUNK + 3]),
+    batch=st.integers(1, 2),
+    shape=st.tuples(st.integers(1, 5), st.sampled_from([1, STRIP - 1, STRIP, STRIP + 1])),
+    folded=st.just(False),
+)
+LARGE_NEUNORM = test_neunorm.Case(2 * NEUNORM_CHUNK + 3, 3, (7, STRIP + 5))
+few = settings(max_examples=4 if SANITIZED is None else 2)
+
+
+@every_surrogate
+@every_reset
+@every_dtype
+@few
+@given(case=neunorm_cases, groups=st.integers(1, 2))
+@example(case=LARGE_NEUNORM, groups=2)
+def test_neunorm_agrees_with_the_reference(
+    stand_in: ModuleType, case: test_neunorm.Case, groups: int, surrogate: str, reset: str, dtype: torch.dtype
+) -> None:
+    options: dict[str, Any] = {"surrogate": surrogate, "reset": reset}
+    tensors = x, weight, gradient = test_neunorm.random_tensors(case, dtype, "cpu")
+    ours = run_neunorm_stand_in(stand_in, case, tensors, groups=min(groups, case.batch), **options)
+    wide = (x.to(weight.dtype), weight, gradient.to(weight.dtype))
+    test_neunorm.assert_agree(ours, test_neunorm.run(case, wide, backend="reference", **options), tensors)
+
+
+@every_surrogate
+@every_reset
+@few
+@given(case=neunorm_cases)
+def test_neunorm_with_smooth_spikes_agrees_with_the_reference(
+    stand_in: ModuleType, case: test_neunorm.Case, surrogate: str, reset: str
+) -> None:
+    options: dict[str, Any] = {"surrogate": surrogate, "reset": reset, "smooth": True}
+    tensors = test_neunorm.random_tensors(case, torch.float64, "cpu")
+    expected = test_neunorm.run(case, tensors, backend="reference", **options)
+    for ours, theirs in zip(run_neunorm_stand_in(stand_in, case, tensors, groups=1, **options), expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
+def test_groups_of_samples(stand_in: ModuleType) -> None:
+    """As many as fill a GPU, and never more than samples."""
+    for batch, positions, groups in (
+        (0, 5, 1),
+        (5, 0, 1),
+        (128, 1024, 32),
+        (20, 1024, 20),
+        (3, 32 * 5000, 1),
+        (9, 1, 9),
+    ):
+        assert stand_in.neunorm_groups(batch, positions) == groups
+
+
 @every_dtype
 def test_packs_are_refused_where_they_do_not_fit(stand_in: ModuleType, dtype: torch.dtype) -> None:
     kernels = kernels_of(stand_in, dtype)
@@ -298,7 +417,7 @@ import stand_in
 steps, neurons, packed = 3, 20, {}
 x, spikes = (np.zeros(steps * neurons, np.float32) for _ in range(2))
 {}
-options = stand_in.Options(0.25, 0.75, 0.0, False, False, False, False, 0, 1.0)
+options = stand_in.Options(0.25, 0.75, 0.0, False, False, False, False, False, 0, 1.0)
 stand_in.float32.Forward(steps, neurons, x, None, spikes, None, None).launch(options, packed)
 """
 
@@ -352,12 +471,13 @@ def test_no_float32_kernel_spills(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stdout
         kernels = re.findall(
-            r"Function properties for \w*?(lif_\w+)\n"
+            r"Function properties for \w*?((?:lif|neunorm)_\w+)\n"
             r" *(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers",
             done.stdout,
         )
-        # Both widths of the forward pass, and of the backward pass for every surrogate, with both resets.
-        assert len(kernels) == 2 * 2 * (1 + len(SURROGATES)), done.stdout
+        # Of LIF both widths, and with normalisation, the forward pass and the backward pass for every surrogate, with
+        # both resets.
+        assert len(kernels) == 3 * 2 * (1 + len(SURROGATES)), done.stdout
         return kernels
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -45,6 +45,7 @@ def test_the_layer_is_the_function(device: str) -> None:
         "surrogate": Gaussian(0.5),
         "v_reset": -0.1,
         "detach_reset": True,
+        "spatial_only": True,
         "strict_threshold": True,
     }
     spikes, potential = stbp_cuda.LIFLayer(**options)(x, initial, return_potential=True)  # type: ignore[arg-type]

@@ -10,8 +10,8 @@ from torch import Tensor
 from stbp_cuda import functional, ops
 
 NEURON = (
-    "lif decay=0.5 v_threshold=0.75 v_reset=0.0 reset=hard detach_reset=0 strict_threshold=0 smooth=0 "
-    "surrogate=rectangular width=1.0"
+    "lif decay=0.5 v_threshold=0.75 v_reset=0.0 reset=hard detach_reset=0 spatial_only=0 strict_threshold=0 "
+    "smooth=0 surrogate=rectangular width=1.0"
 )
 
 

@@ -1,6 +1,7 @@
 // The CPU kernels, compiled once per instruction set; ops.cpp chooses at run time.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <fstream>
 
@@ -15,6 +16,35 @@ constexpr int kChunk = 32;
 // other's lines.
 constexpr int kBlock = 64;
 
+// The most bytes of State in a strip of positions.
+constexpr int kNeuNormStrip = 256;
+
+// K of the neurons with normalisation: the gradients of a chunk of all features are read twice, and stay in the L2
+// cache.
+constexpr int kNeuNormChunk = 16;
+
+// What one thread does at once of the neurons with normalisation: a strip of positions, whole vectors of them but in
+// the last one, of one sample or one group of samples. All of it follows from the shape: so do the sums, for any number
+// of threads.
+struct NeuNormPlan {
+  int64_t length;  // of a strip
+  int64_t whole;   // strips of whole vectors
+  int64_t strips;
+  int64_t groups;
+
+  NeuNormPlan(int64_t steps, int64_t batch, int64_t features, int64_t positions, int64_t element_size, int64_t lanes) {
+    constexpr int64_t kCache = 1 << 19;  // bytes, of input and gradient
+    constexpr int64_t kTasks = 64;       // enough for that many threads
+    const int64_t row = 2 * std::min<int64_t>(steps, kNeuNormChunk) * features * element_size;
+    length = kNeuNormStrip / (element_size == 8 ? 8 : 4);
+    while (length > 16 && row * length > kCache) length /= 2;
+    whole = (positions / lanes * lanes + length - 1) / length;
+    strips = whole + (positions % lanes != 0);
+    groups = std::min(batch, (kTasks + strips - 1) / std::max<int64_t>(1, strips));
+    groups = std::max<int64_t>(1, groups);
+  }
+};
+
 template <class Scalar>
 struct Kernels {
   // Run the neurons [first, last). With `past_caches`, results are written past the caches: where input and results do
@@ -22,6 +52,12 @@ struct Kernels {
   // aligned_for_streams.
   void (*forward)(const LifForward<Scalar>&, const LifOptions&, int64_t first, int64_t last, bool past_caches);
   void (*backward)(const LifBackward<Scalar>&, const LifOptions&, int64_t first, int64_t last, bool past_caches);
+  // Run the tasks [first, last): task i is strip i % S of sample, or backward of group, i / S.
+  void (*neunorm_forward)(const NeuNormForward<Scalar>&, const LifOptions&, const NeuNormPlan&, int64_t first,
+                          int64_t last);
+  void (*neunorm_backward)(const NeuNormBackward<Scalar>&, const LifOptions&, const NeuNormPlan&, int64_t first,
+                           int64_t last);
+  int64_t lanes;  // of a vector of State
 };
 
 // Whether every vector of a result [T, N] is aligned to its size, in every instruction set.

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "../dispatch.h"
+#include "../neunorm.h"
 #include "../scan.h"
 #include "kernels.h"
 #include "vector.h"
@@ -157,11 +158,75 @@ void backward(const LifBackward<Scalar>& io, const LifOptions& options, int64_t 
   if (past_caches) end_of_streams();
 }
 
+// A team of one thread, with all features.
+template <class Lanes>
+struct Alone : Lanes {
+  static constexpr int kChunk = kNeuNormChunk;
+
+  template <class F>
+  STBP_FN void each_feature(int64_t features, const F& f) const {
+    for (int64_t c = 0; c < features; ++c) f(c);
+  }
+  template <class Values>
+  STBP_FN void sum(const Values&, int) const {}
+  template <class Value, class State>
+  STBP_FN void store_total(State* to, const Value* values) const {
+    State total = 0;
+    for (int i = 0; i < this->width(); ++i)
+      for (int lane = 0; lane < Lanes::kLanes; ++lane) total += values[i][lane];
+    *to = total;
+  }
+  STBP_FN bool leads() const { return true; }
+  template <class T>
+  STBP_FN auto again(const T* from) const {
+    return this->read(from);
+  }
+};
+
+// scan(team, sample or group, strip, n) of every task in [first, last).
+template <class State, class Scan>
+STBP_FN void each_strip(const NeuNormPlan& plan, int64_t positions, int64_t first, int64_t last, const Scan& scan) {
+  using Strip = Tile<State, kNeuNormStrip, 1, false>;
+  const int64_t in_vectors = positions / Strip::kLanes * Strip::kLanes;
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t part = task / plan.strips, strip = task % plan.strips;
+    if (strip < plan.whole) {
+      const int64_t n = strip * plan.length;
+      scan(Alone<Strip>{{int(plan.length < in_vectors - n ? plan.length : in_vectors - n)}}, part, strip, n);
+    } else {
+      scan(Alone<Remainder<State>>{{int(positions - in_vectors)}}, part, strip, in_vectors);
+    }
+  }
+}
+
+template <class Scalar>
+void neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, const NeuNormPlan& plan,
+                     int64_t first, int64_t last) {
+  visit_forward_neuron<Scalar>(options, [&](const auto& neuron) {
+    each_strip<state_t<Scalar>>(plan, io.positions, first, last,
+                                [&](const auto& team, int64_t sample, int64_t, int64_t n) {
+                                  neunorm_forward_scan(team, neuron, io, sample, n);
+                                });
+  });
+}
+
+template <class Scalar>
+void neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options, const NeuNormPlan& plan,
+                      int64_t first, int64_t last) {
+  visit_backward_neuron<Scalar>(options, [&](const auto& neuron) {
+    each_strip<state_t<Scalar>>(plan, io.positions, first, last,
+                                [&](const auto& team, int64_t group, int64_t strip, int64_t n) {
+                                  neunorm_backward_scan(team, neuron, io, group, strip, plan.strips, n);
+                                });
+  });
+}
+
 }  // namespace
 
 template <class Scalar>
 Kernels<Scalar> kernels() {
-  return {forward<Scalar>, backward<Scalar>};
+  return {forward<Scalar>, backward<Scalar>, neunorm_forward<Scalar>, neunorm_backward<Scalar>,
+          kVectorBytes / int64_t(sizeof(state_t<Scalar>))};
 }
 template Kernels<float> kernels<float>();
 template Kernels<double> kernels<double>();

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <string>
+#include <utility>
 
 #include "../build_info.h"
 #include "../operators.h"
@@ -71,6 +72,31 @@ struct Cpu {
     });
   }
 
+  static constexpr int kNeuNormChunk = cpu::kNeuNormChunk;
+
+  static std::pair<int64_t, int64_t> neunorm_parts(const NeuNormShape& shape, ScalarType type) {
+    std::pair<int64_t, int64_t> parts;
+    visit_scalar(type, [&](auto number) {
+      const cpu::NeuNormPlan plan = neunorm_plan<decltype(number)>(shape);
+      parts = {plan.groups, plan.strips};
+    });
+    return parts;
+  }
+
+  template <class Scalar>
+  static void neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, int) {
+    const cpu::NeuNormPlan plan = neunorm_plan<Scalar>(io);
+    run_tasks(io.batch * plan.strips, io.steps * io.features * plan.length,
+              [&](int64_t first, int64_t last) { kernels<Scalar>().neunorm_forward(io, options, plan, first, last); });
+  }
+
+  template <class Scalar>
+  static void neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options, int) {
+    const cpu::NeuNormPlan plan = neunorm_plan<Scalar>(io);
+    run_tasks(io.groups * plan.strips, io.batch / io.groups * io.steps * io.features * plan.length,
+              [&](int64_t first, int64_t last) { kernels<Scalar>().neunorm_backward(io, options, plan, first, last); });
+  }
+
   static Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
                            const Tensor& like) {
     int64_t count = 1;
@@ -94,12 +120,21 @@ struct Cpu {
   template <class Io, class Range>
   static void run(const Io& io, const Range& range) {
     using cpu::kBlock;
+    run_tasks((io.neurons + kBlock - 1) / kBlock, io.steps * kBlock,
+              [&](int64_t first, int64_t last) { range(first * kBlock, std::min(last * kBlock, io.neurons)); });
+  }
+
+  template <class Range>
+  static void run_tasks(int64_t tasks, int64_t updates_each, const Range& range) {
     // A thread is worth waking for about this many updates.
     constexpr int64_t kUpdatesPerThread = 16384;
-    const int64_t grain = std::max<int64_t>(1, kUpdatesPerThread / (io.steps * kBlock));
-    torch::stable::parallel_for(0, (io.neurons + kBlock - 1) / kBlock, grain, [&](int64_t first, int64_t last) {
-      range(first * kBlock, std::min(last * kBlock, io.neurons));
-    });
+    torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kUpdatesPerThread / updates_each), range);
+  }
+
+  template <class Scalar, class Shape>
+  static cpu::NeuNormPlan neunorm_plan(const Shape& of) {
+    const int64_t lanes = kernels<Scalar>().lanes;
+    return {of.steps, of.batch, of.features, of.positions, int64_t(sizeof(Scalar)), lanes};
   }
 };
 
@@ -118,6 +153,8 @@ const char* cpu_instruction_set() {
 
 int cpu_chunk() { return Cpu::kChunk; }
 
+int cpu_neunorm_chunk() { return Cpu::kNeuNormChunk; }
+
 int64_t cpu_cache_limit() { return torch_from_blob ? cpu::cache_limit() : 0; }
 
 }  // namespace stbp
@@ -125,4 +162,6 @@ int64_t cpu_cache_limit() { return torch_from_blob ? cpu::cache_limit() : 0; }
 STABLE_TORCH_LIBRARY_IMPL(stbp_cuda, CPU, m) {
   m.impl("lif_forward", TORCH_BOX(&stbp::lif_forward<stbp::Cpu>));
   m.impl("lif_backward", TORCH_BOX(&stbp::lif_backward<stbp::Cpu>));
+  m.impl("neunorm_lif_forward", TORCH_BOX(&stbp::neunorm_lif_forward<stbp::Cpu>));
+  m.impl("neunorm_lif_backward", TORCH_BOX(&stbp::neunorm_lif_backward<stbp::Cpu>));
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../neunorm.h"
 #include "../scan.h"
 #include "launch.h"
 
@@ -54,6 +55,15 @@ struct Pack {
     for (int w = 0; w < kWords; ++w) words[w] = __ldg(reinterpret_cast<const WordType*>(from) + w);
     Pack pack;
     memcpy(pack.lane, words, sizeof(pack.lane));
+    return pack;
+  }
+
+  // Of a row that this thread has written, which the read-only path might not show.
+  static __device__ __forceinline__ Pack load_own(const T* from) {
+    static_assert(kWords == 1, "a row of one neuron a thread");
+    const WordType word = *reinterpret_cast<const WordType*>(from);
+    Pack pack;
+    memcpy(pack.lane, &word, sizeof(pack.lane));
     return pack;
   }
 
@@ -108,6 +118,85 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     lif_backward(const LifBackward<Scalar> io, const Neuron neuron) {
   const int64_t first = first_neuron<kWidth>();
   if (first < io.neurons) backward_scan(Registers<state_t<Scalar>, kWidth>(), neuron, io, first);
+}
+
+// A block of threads with 32 neighbouring positions, those of one warp, and all features, warp by warp.
+template <class State, int kWarps>
+struct Block : Registers<State, 1> {
+  static constexpr int kChunk = kNeuNormChunk;
+  static constexpr int kScratch = kChunk * kWarps * kStrip;
+
+  State* scratch;  // [K, warps, 32], shared by the block
+  bool inside;     // whether this thread's position exists
+
+  template <class T>
+  __device__ __forceinline__ Pack<T, 1> read(const T* from) const {
+    return inside ? Pack<T, 1>::load(from) : Pack<T, 1>{};
+  }
+  template <class T>
+  __device__ __forceinline__ Pack<T, 1> again(const T* from) const {
+    return inside ? Pack<T, 1>::load_own(from) : Pack<T, 1>{};
+  }
+  template <class T>
+  __device__ __forceinline__ void flush(T* to, const Pack<T, 1>& row) const {
+    if (inside) row.store(to);
+  }
+
+  static __device__ __forceinline__ int lane() { return int(threadIdx.x) % kStrip; }
+  static __device__ __forceinline__ int warp() { return int(threadIdx.x) / kStrip; }
+  __device__ __forceinline__ bool leads() const { return warp() == 0; }
+
+  template <class F>
+  __device__ __forceinline__ void each_feature(int64_t features, const F& f) const {
+    for (int64_t c = warp(); c < features; c += kWarps) f(c);
+  }
+
+  __device__ __forceinline__ void sum(State (*values)[1], int steps) const {
+    __syncthreads();  // all are done with what was there before
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k)
+      if (k < steps) scratch[(k * kWarps + warp()) * kStrip + lane()] = values[k][0];
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) {
+      if (k >= steps) break;
+      State total = 0;
+      for (int w = 0; w < kWarps; ++w) total += scratch[(k * kWarps + w) * kStrip + lane()];
+      values[k][0] = total;
+    }
+  }
+
+  __device__ __forceinline__ void store_total(State* to, const State* values) const {
+    __syncthreads();
+    scratch[threadIdx.x] = values[0];
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    State total = 0;
+    for (int thread = 0; thread < kWarps * kStrip; ++thread) total += scratch[thread];
+    *to = total;
+  }
+};
+
+// A block for every strip of every sample.
+template <int kWarps, class Scalar, class Neuron>
+__global__ void __launch_bounds__(kWarps* kStrip)
+    neunorm_forward(const NeuNormForward<Scalar> io, const int64_t strips, const Neuron neuron) {
+  using Team = Block<state_t<Scalar>, kWarps>;
+  __shared__ state_t<Scalar> scratch[Team::kScratch];
+  const int64_t first = int64_t(blockIdx.x) % strips * kStrip + Team::lane();
+  neunorm_forward_scan(Team{{}, scratch, first < io.positions}, neuron, io, int64_t(blockIdx.x) / strips, first);
+}
+
+// A block for every strip of every group of samples.
+template <int kWarps, class Scalar, class Neuron>
+__global__ void __launch_bounds__(kWarps* kStrip)
+    neunorm_backward(const NeuNormBackward<Scalar> io, const int64_t strips, const Neuron neuron) {
+  using Team = Block<state_t<Scalar>, kWarps>;
+  __shared__ state_t<Scalar> scratch[Team::kScratch];
+  const int64_t strip = int64_t(blockIdx.x) % strips;
+  const int64_t first = strip * kStrip + Team::lane();
+  neunorm_backward_scan(Team{{}, scratch, first < io.positions}, neuron, io, int64_t(blockIdx.x) / strips, strip,
+                        strips, first);
 }
 
 // Whether rows of N elements at these pointers can be moved in packs of 16 bytes of Scalar (a null pointer can).

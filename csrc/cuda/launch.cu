@@ -81,9 +81,37 @@ void launch_backward(const LifBackward<Scalar>& io, const LifOptions& options, i
   throw_on(cudaGetLastError(), "launching lif_backward");
 }
 
-#define STBP_INSTANTIATE(Scalar)                                                                  \
-  template void launch_forward<Scalar>(const LifForward<Scalar>&, const LifOptions&, int, void*); \
-  template void launch_backward<Scalar>(const LifBackward<Scalar>&, const LifOptions&, int, void*);
+// Two barriers for each chunk: with fewer warps a block does more of its work between them, with more it hides more of
+// the latency of memory.
+constexpr int kWarps = 8;
+
+template <class Scalar>
+void launch_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, int device, void* stream) {
+  const DeviceGuard guard(device);
+  const auto on = static_cast<cudaStream_t>(stream);
+  const int64_t strips = neunorm_strips(io.positions);
+  visit_forward_neuron<Scalar>(options, [&](const auto& neuron) {
+    neunorm_forward<kWarps><<<unsigned(strips * io.batch), kWarps * kStrip, 0, on>>>(io, strips, neuron);
+  });
+  throw_on(cudaGetLastError(), "launching neunorm_forward");
+}
+
+template <class Scalar>
+void launch_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options, int device, void* stream) {
+  const DeviceGuard guard(device);
+  const auto on = static_cast<cudaStream_t>(stream);
+  const int64_t strips = neunorm_strips(io.positions);
+  visit_backward_neuron<Scalar>(options, [&](const auto& neuron) {
+    neunorm_backward<kWarps><<<unsigned(strips * io.groups), kWarps * kStrip, 0, on>>>(io, strips, neuron);
+  });
+  throw_on(cudaGetLastError(), "launching neunorm_backward");
+}
+
+#define STBP_INSTANTIATE(Scalar)                                                                              \
+  template void launch_forward<Scalar>(const LifForward<Scalar>&, const LifOptions&, int, void*);             \
+  template void launch_backward<Scalar>(const LifBackward<Scalar>&, const LifOptions&, int, void*);           \
+  template void launch_neunorm_forward<Scalar>(const NeuNormForward<Scalar>&, const LifOptions&, int, void*); \
+  template void launch_neunorm_backward<Scalar>(const NeuNormBackward<Scalar>&, const LifOptions&, int, void*);
 STBP_INSTANTIATE(float)
 STBP_INSTANTIATE(double)
 STBP_INSTANTIATE(Half)
@@ -92,5 +120,7 @@ STBP_INSTANTIATE(BFloat16)
 }  // namespace cuda
 
 int cuda_chunk() { return cuda::kChunk; }
+
+int cuda_neunorm_chunk() { return cuda::kNeuNormChunk; }
 
 }  // namespace stbp

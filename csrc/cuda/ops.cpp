@@ -3,6 +3,8 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 
+#include <utility>
+
 #include "../operators.h"
 #include "launch.h"
 
@@ -26,6 +28,7 @@ void* current_stream(int device) {
 
 struct Cuda {
   static constexpr int kChunk = cuda::kChunk;
+  static constexpr int kNeuNormChunk = cuda::kNeuNormChunk;
 
   template <class Scalar>
   static void forward(const LifForward<Scalar>& io, const LifOptions& options, int device) {
@@ -34,6 +37,17 @@ struct Cuda {
   template <class Scalar>
   static void backward(const LifBackward<Scalar>& io, const LifOptions& options, int device) {
     cuda::launch_backward(io, options, device, current_stream(device));
+  }
+  static std::pair<int64_t, int64_t> neunorm_parts(const NeuNormShape& shape, ScalarType) {
+    return {cuda::neunorm_groups(shape.batch, shape.positions), cuda::neunorm_strips(shape.positions)};
+  }
+  template <class Scalar>
+  static void neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, int device) {
+    cuda::launch_neunorm_forward(io, options, device, current_stream(device));
+  }
+  template <class Scalar>
+  static void neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options, int device) {
+    cuda::launch_neunorm_backward(io, options, device, current_stream(device));
   }
   static Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
                            const Tensor& like) {
@@ -47,4 +61,6 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(stbp_cuda, CUDA, m) {
   m.impl("lif_forward", TORCH_BOX(&stbp::lif_forward<stbp::Cuda>));
   m.impl("lif_backward", TORCH_BOX(&stbp::lif_backward<stbp::Cuda>));
+  m.impl("neunorm_lif_forward", TORCH_BOX(&stbp::neunorm_lif_forward<stbp::Cuda>));
+  m.impl("neunorm_lif_backward", TORCH_BOX(&stbp::neunorm_lif_backward<stbp::Cuda>));
 }

@@ -1,10 +1,13 @@
 // What csrc/cuda/kernels.cuh takes from nvcc, for compiling it as plain C++.
 #pragma once
 
+#include <pthread.h>
+
 #define __global__
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __shared__ static  // blocks run one after the other
 
 // Aligned as CUDA's own: under UBSan a pack at a misaligned address is an error, as it is on a GPU.
 struct alignas(8) uint2 {
@@ -17,7 +20,12 @@ struct alignas(16) uint4 {
 struct Index {
   unsigned x;
 };
-inline Index blockIdx, blockDim, threadIdx;
+inline Index blockIdx, blockDim;
+inline thread_local Index threadIdx;
+
+// The threads of a block meet here; set up by run.h for kernels that need it.
+inline pthread_barrier_t block_barrier;
+inline void __syncthreads() { pthread_barrier_wait(&block_barrier); }
 
 template <class T>
 T __ldg(const T* from) {

@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -13,9 +14,11 @@
 namespace stbp::cuda {
 
 // In kernels.cpp.
-#define STBP_ELSEWHERE(Scalar)                                                                  \
-  extern template void run_forward<Scalar>(const LifForward<Scalar>&, const LifOptions&, bool); \
-  extern template void run_backward<Scalar>(const LifBackward<Scalar>&, const LifOptions&, bool);
+#define STBP_ELSEWHERE(Scalar)                                                                        \
+  extern template void run_forward<Scalar>(const LifForward<Scalar>&, const LifOptions&, bool);       \
+  extern template void run_backward<Scalar>(const LifBackward<Scalar>&, const LifOptions&, bool);     \
+  extern template void run_neunorm_forward<Scalar>(const NeuNormForward<Scalar>&, const LifOptions&); \
+  extern template void run_neunorm_backward<Scalar>(const NeuNormBackward<Scalar>&, const LifOptions&);
 STBP_ELSEWHERE(float)
 STBP_ELSEWHERE(double)
 STBP_ELSEWHERE(Half)
@@ -60,6 +63,51 @@ LifBackward<Scalar> backward(int64_t steps, int64_t neurons, const Array& x, con
           pointer<State>(grad_initial)};
 }
 
+template <class Scalar, class State = state_t<Scalar>>
+NeuNormForward<Scalar> neunorm_forward_of(std::array<int64_t, 4> shape, double norm_decay, bool squared, const Array& x,
+                                          const Array& weight, const Array& decays, const Array& normalised,
+                                          const Array& sums, const Array& maps, const Array& states) {
+  return {shape[0],
+          shape[1],
+          shape[2],
+          shape[3],
+          State(norm_decay),
+          squared,
+          pointer<Scalar>(x),
+          pointer<State>(weight),
+          pointer<State>(decays),
+          pointer<Scalar>(normalised),
+          pointer<State>(sums),
+          pointer<State>(maps),
+          pointer<State>(states)};
+}
+
+template <class Scalar, class State = state_t<Scalar>>
+NeuNormBackward<Scalar> neunorm_backward_of(std::array<int64_t, 4> shape, double norm_decay, bool squared,
+                                            int64_t groups, const Array& x, const Array& weight, const Array& decays,
+                                            const Array& sums, const Array& maps, const Array& states,
+                                            const Array& grad_normalised, const Array& grad_x, const Array& grad_weight,
+                                            const Array& grad_decays, const Array& carried) {
+  return {shape[0],
+          shape[1],
+          shape[2],
+          shape[3],
+          State(norm_decay),
+          squared,
+          groups,
+          pointer<Scalar>(x),
+          pointer<State>(weight),
+          pointer<State>(decays),
+          pointer<State>(sums),
+          pointer<State>(maps),
+          pointer<State>(states),
+          pointer<Scalar>(grad_normalised),
+          pointer<Scalar>(grad_x),
+          pointer<State>(grad_weight),
+          pointer<State>(grad_decays),
+          pointer<State>(carried)};
+}
+
 template <class Scalar>
 void bind(py::module_ m) {
   m.attr("pack") = kPack<Scalar>;
@@ -72,6 +120,12 @@ void bind(py::module_ m) {
       .def(py::init(&backward<Scalar>))
       .def("packs_fit", [](const LifBackward<Scalar>& io) { return packs_fit(io); })
       .def("launch", &run_backward<Scalar>);
+  py::class_<NeuNormForward<Scalar>>(m, "NeuNormForward")
+      .def(py::init(&neunorm_forward_of<Scalar>))
+      .def("launch", &run_neunorm_forward<Scalar>);
+  py::class_<NeuNormBackward<Scalar>>(m, "NeuNormBackward")
+      .def(py::init(&neunorm_backward_of<Scalar>))
+      .def("launch", &run_neunorm_backward<Scalar>);
 }
 
 template <template <class> class... Surrogate>
@@ -83,7 +137,11 @@ PYBIND11_MODULE(stand_in, m) {
   m.attr("surrogates") = names(Surrogates{});
   m.attr("chunk") = kChunk;
   m.attr("threads") = kThreads;
-  py::class_<LifOptions>(m, "Options").def(py::init<double, double, double, bool, bool, bool, bool, int, double>());
+  m.attr("neunorm_chunk") = kNeuNormChunk;
+  m.def("neunorm_groups", &neunorm_groups);
+  m.def("neunorm_strips", &neunorm_strips);
+  py::class_<LifOptions>(m, "Options")
+      .def(py::init<double, double, double, bool, bool, bool, bool, bool, int, double>());
   bind<double>(m.def_submodule("float64"));
   bind<float>(m.def_submodule("float32"));
   bind<Half>(m.def_submodule("float16"));

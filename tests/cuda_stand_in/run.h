@@ -4,6 +4,8 @@
 #include "cuda_built_ins.h"
 
 #include <cstdint>
+#include <thread>
+#include <vector>
 
 #include "../../csrc/cuda/kernels.cuh"
 #include "../../csrc/dispatch.h"
@@ -40,6 +42,41 @@ void run_backward(const LifBackward<Scalar>& io, const LifOptions& options, bool
     } else {
       launch(io.neurons, [&] { lif_backward<1>(io, neuron); });
     }
+  });
+}
+
+// For kernels whose threads wait for each other: the threads of a block at the same time, the blocks in turn.
+constexpr int kWarps = 2;
+
+template <class Kernel>
+void launch_blocks(int64_t blocks, const Kernel& kernel) {
+  blockDim.x = kWarps * kStrip;
+  pthread_barrier_init(&block_barrier, nullptr, blockDim.x);
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    std::vector<std::thread> threads;
+    for (unsigned i = 0; i < blockDim.x; ++i)
+      threads.emplace_back([&kernel, i] {
+        threadIdx.x = i;
+        kernel();
+      });
+    for (std::thread& thread : threads) thread.join();
+  }
+  pthread_barrier_destroy(&block_barrier);
+}
+
+template <class Scalar>
+void run_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options) {
+  const int64_t strips = neunorm_strips(io.positions);
+  visit_forward_neuron<Scalar>(options, [&](const auto& neuron) {
+    launch_blocks(strips * io.batch, [&] { neunorm_forward<kWarps>(io, strips, neuron); });
+  });
+}
+
+template <class Scalar>
+void run_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options) {
+  const int64_t strips = neunorm_strips(io.positions);
+  visit_backward_neuron<Scalar>(options, [&](const auto& neuron) {
+    launch_blocks(strips * io.groups, [&] { neunorm_backward<kWarps>(io, strips, neuron); });
   });
 }
 
