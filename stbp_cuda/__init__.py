@@ -2,9 +2,28 @@
 
 import importlib.metadata
 
-from . import functional, surrogate
-from .layers import LIFLayer
+from . import encoding, functional, init, losses, surrogate
+from .layers import LIFLayer, NeuNorm, NeuNormLIF
+from .modules import Dropout, TimeDistributed, Voting
+from .network import Network, network
 from .ops import build_info, empty_cpu_cache
 
 __version__ = importlib.metadata.version("stbp_cuda")
-__all__ = ["LIFLayer", "__version__", "build_info", "empty_cpu_cache", "functional", "surrogate"]
+__all__ = [
+    "Dropout",
+    "LIFLayer",
+    "Network",
+    "NeuNorm",
+    "NeuNormLIF",
+    "TimeDistributed",
+    "Voting",
+    "__version__",
+    "build_info",
+    "empty_cpu_cache",
+    "encoding",
+    "functional",
+    "init",
+    "losses",
+    "network",
+    "surrogate",
+]
