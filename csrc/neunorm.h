@@ -15,10 +15,13 @@
 // The features meet in S[t] and in the sum of U_c g_c[t] alone. So a chunk of kChunk steps is gone through twice: once
 // to sum over the features, once to use the sum.
 //
-// Team is one thread, or several that share the features, and a group of neighbouring positions, as Lanes is in scan.h.
-// Beside what that gives, it has each_feature(C, f), which calls f(c) for its share of the features; sum(values,
-// steps), which adds values[k][i] up over the team in a fixed order, for all of them; store_total(to, values), which
-// adds up over team and positions; leads(), true for one of the team; and again(p), a row that it has written itself.
+// Team is one thread, or several that share the features, with a group of neighbouring positions. It gives Value, what
+// is computed with at once: a number or a vector of them; kWidth, the most Values it holds, and width(), how many there
+// are; kChunk, the K of "one state every K steps". get(p, i) is Value i of the row of positions at p, own(p, i) the
+// same of a row that the team has written itself, and set(p, i, Value) and set_spike(p, i, Value) write it.
+// each_feature(C, f) calls f(c) for its share of the features; sum(values, steps) adds values[k][i] up over the team in
+// a fixed order, for all of them; store_total(p, values) adds up over team and positions; leads() is true for one of
+// the team.
 #pragma once
 
 #include "neuron.h"
@@ -37,7 +40,7 @@ struct NeuNormConstants {
         gain((State(1) - decay) / share) {}
 };
 
-// Where rows begin.
+// Where rows of positions begin.
 struct NeuNormPlace {
   int64_t batch, features, positions, sample, first;
 
@@ -50,21 +53,8 @@ struct NeuNormPlace {
   }
   STBP_FN int64_t map(int64_t t) const { return (t * batch + sample) * positions + first; }
   STBP_FN int64_t weight(int64_t group, int64_t c) const { return (group * features + c) * positions + first; }
+  STBP_FN int64_t step() const { return batch * features * positions; }  // from a neuron to itself, one step later
 };
-
-// As load_state, of a row that this team has written itself.
-template <class Team, class Value, class State>
-STBP_FN void load_own_state(const Team& team, Value* v, const State* from) {
-  const int width = team.width();
-  if (from == nullptr) {
-    STBP_LANE_LOOP
-    for (int i = 0; i < width; ++i) v[i] = Value{};
-  } else {
-    const auto row = team.again(from);
-    STBP_LANE_LOOP
-    for (int i = 0; i < width; ++i) v[i] = row.get(i);
-  }
-}
 
 template <class Team, class Neuron, class Scalar>
 STBP_FN void neunorm_forward_scan(const Team& team, Neuron neuron, const NeuNormForward<Scalar>& io, int64_t sample,
@@ -90,45 +80,42 @@ STBP_FN void neunorm_forward_scan(const Team& team, Neuron neuron, const NeuNorm
       for (int i = 0; i < width; ++i) map[k][i] = Value{};
     }
     team.each_feature(io.features, [&](int64_t c) {
-      Value v[Team::kWidth];
-      load_own_state(team, v, chunk ? io.states + at.neuron(chunk - 1, c) : nullptr);
-      STBP_CHUNK_LOOP
-      for (int k = 0; k < kChunk; ++k) {
-        if (k >= steps) break;
-        const auto in = team.read(io.x + at.neuron(start + k, c));
-        Scalar* const to = io.normalised + at.neuron(start + k, c);
-        auto out = team.write(to);
-        STBP_LANE_LOOP
-        for (int i = 0; i < width; ++i) {
+      const int64_t row = at.neuron(start, c);
+      STBP_LANE_LOOP
+      for (int i = 0; i < width; ++i) {
+        Value v = chunk ? team.own(io.states + at.neuron(chunk - 1, c), i) : Value{};
+        STBP_CHUNK_LOOP
+        for (int k = 0; k < kChunk; ++k) {
+          if (k >= steps) break;
           Value spike;
-          neuron.step(v[i], in.get(i), spike);
+          neuron.step(v, team.get(io.x + row + k * at.step(), i), spike);
           map[k][i] = map[k][i] + spike;
-          out.set_spike(i, spike);
+          team.set_spike(io.normalised + row + k * at.step(), i, spike);
         }
-        team.flush(to, out);
+        if (more) team.set(io.states + at.neuron(chunk, c), i, v);
       }
-      if (more) store_state(team, io.states + at.neuron(chunk, c), v);
     });
     team.sum(map, steps);
     STBP_CHUNK_LOOP
     for (int k = 0; k < kChunk; ++k) {
       if (k >= steps) break;
-      if (team.leads()) store_state(team, io.sums + at.map(start + k), map[k]);
       STBP_LANE_LOOP
-      for (int i = 0; i < width; ++i) map[k][i] = a[i] = norm.decay * a[i] + norm.gain * map[k][i];
-      if (team.leads()) store_state(team, io.maps + at.map(start + k), map[k]);
+      for (int i = 0; i < width; ++i) {
+        if (team.leads()) team.set(io.sums + at.map(start + k), i, map[k][i]);
+        map[k][i] = a[i] = norm.decay * a[i] + norm.gain * map[k][i];
+        if (team.leads()) team.set(io.maps + at.map(start + k), i, map[k][i]);
+      }
     }
     team.each_feature(io.features, [&](int64_t c) {
-      const auto weight = team.read(io.weight + at.weight(0, c));
-      STBP_CHUNK_LOOP
-      for (int k = 0; k < kChunk; ++k) {
-        if (k >= steps) break;
-        Scalar* const to = io.normalised + at.neuron(start + k, c);
-        const auto spikes = team.again(to);
-        auto out = team.write(to);
-        STBP_LANE_LOOP
-        for (int i = 0; i < width; ++i) out.set(i, spikes.get(i) - weight.get(i) * map[k][i]);
-        team.flush(to, out);
+      Scalar* const row = io.normalised + at.neuron(start, c);
+      STBP_LANE_LOOP
+      for (int i = 0; i < width; ++i) {
+        const Value weight = team.get(io.weight + at.weight(0, c), i);
+        STBP_CHUNK_LOOP
+        for (int k = 0; k < kChunk; ++k) {
+          if (k >= steps) break;
+          team.set(row + k * at.step(), i, team.own(row + k * at.step(), i) - weight * map[k][i]);
+        }
       }
     });
   }
@@ -145,33 +132,36 @@ STBP_FN void neunorm_backward_scan(const Team& team, Neuron neuron, const NeuNor
   const NeuNormConstants<State> norm(io);
   const int width = team.width();
   const int64_t from = io.batch * group / io.groups, to = io.batch * (group + 1) / io.groups;
-  Value grad_decays[2][Team::kWidth];
+  Value grad_decay[Team::kWidth], grad_norm_decay[Team::kWidth];
   STBP_LANE_LOOP
-  for (int i = 0; i < width; ++i) grad_decays[0][i] = grad_decays[1][i] = Value{};
+  for (int i = 0; i < width; ++i) grad_decay[i] = grad_norm_decay[i] = Value{};
 
   for (int64_t sample = from; sample < to; ++sample) {
     const NeuNormPlace at(io, sample, first);
-    Value grad_a[Team::kWidth];  // norm_decay A[t+1]
+    Value carried[Team::kWidth];  // norm_decay A[t+1]
     STBP_LANE_LOOP
-    for (int i = 0; i < width; ++i) grad_a[i] = Value{};
+    for (int i = 0; i < width; ++i) carried[i] = Value{};
 
     for (int64_t chunk = (io.steps - 1) / kChunk; chunk >= 0; --chunk) {
       const int64_t start = chunk * kChunk;
       const int steps = int(io.steps - start < kChunk ? io.steps - start : kChunk);
-      Value grad_map[kChunk][Team::kWidth];  // the sum of U g, then A
+      const bool last = start + kChunk >= io.steps;
+      Value grad_map[kChunk][Team::kWidth];  // the sum of U g, then gain A
       STBP_CHUNK_LOOP
       for (int k = 0; k < kChunk; ++k) {
         STBP_LANE_LOOP
         for (int i = 0; i < width; ++i) grad_map[k][i] = Value{};
       }
       team.each_feature(io.features, [&](int64_t c) {
-        const auto weight = team.read(io.weight + at.weight(0, c));
-        STBP_CHUNK_LOOP
-        for (int k = 0; k < kChunk; ++k) {
-          if (k >= steps) break;
-          const auto grad = team.read(io.grad_normalised + at.neuron(start + k, c));
-          STBP_LANE_LOOP
-          for (int i = 0; i < width; ++i) grad_map[k][i] = grad_map[k][i] + weight.get(i) * grad.get(i);
+        const Scalar* const row = io.grad_normalised + at.neuron(start, c);
+        STBP_LANE_LOOP
+        for (int i = 0; i < width; ++i) {
+          const Value weight = team.get(io.weight + at.weight(0, c), i);
+          STBP_CHUNK_LOOP
+          for (int k = 0; k < kChunk; ++k) {
+            if (k >= steps) break;
+            grad_map[k][i] = grad_map[k][i] + weight * team.get(row + k * at.step(), i);
+          }
         }
       });
       team.sum(grad_map, steps);
@@ -181,65 +171,54 @@ STBP_FN void neunorm_backward_scan(const Team& team, Neuron neuron, const NeuNor
       for (int k = kChunk - 1; k >= 0; --k) {
         if (k >= steps) continue;
         const int64_t t = start + k;
-        load_state(team, map[k], io.maps + at.map(t));
-        Value before[Team::kWidth];
-        load_state(team, before, t > 0 ? io.maps + at.map(t - 1) : nullptr);
-        const auto sums = team.read(io.sums + at.map(t));
         STBP_LANE_LOOP
         for (int i = 0; i < width; ++i) {
-          const Value grad = grad_a[i] - grad_map[k][i];
-          grad_map[k][i] = grad;
-          grad_a[i] = norm.decay * grad;
+          map[k][i] = team.get(io.maps + at.map(t), i);
+          const Value grad = carried[i] - grad_map[k][i];
+          grad_map[k][i] = norm.gain * grad;
+          carried[i] = norm.decay * grad;
           if (io.grad_decays && team.leads()) {
-            const Value slope = before[i] - sums.get(i) / norm.share;
-            grad_decays[1][i] = grad_decays[1][i] + grad * slope;
+            const Value before = t > 0 ? team.get(io.maps + at.map(t - 1), i) : Value{};
+            const Value slope = before - team.get(io.sums + at.map(t), i) / norm.share;
+            grad_norm_decay[i] = grad_norm_decay[i] + grad * slope;
           }
         }
       }
 
       team.each_feature(io.features, [&](int64_t c) {
-        Value v[Team::kWidth], grad_v[Team::kWidth], grad_weight[Team::kWidth];
-        Value u[kChunk][Team::kWidth], v_before[kChunk][Team::kWidth];
+        const int64_t row = at.neuron(start, c);
         State* const sum = io.grad_weight + at.weight(group, c);
-        const bool last = start + kChunk >= io.steps;
-        load_state(team, v, chunk ? io.states + at.neuron(chunk - 1, c) : nullptr);
-        load_own_state(team, grad_v, last ? nullptr : io.carried + at.weight(group, c));
-        load_own_state(team, grad_weight, last && sample == from ? nullptr : sum);
-        STBP_CHUNK_LOOP
-        for (int k = 0; k < kChunk; ++k) {
-          if (k >= steps) break;
-          const auto in = team.read(io.x + at.neuron(start + k, c));
-          STBP_LANE_LOOP
-          for (int i = 0; i < width; ++i) {
-            Value unused;
-            v_before[k][i] = v[i];
-            u[k][i] = neuron.step(v[i], in.get(i), unused);
+        STBP_LANE_LOOP
+        for (int i = 0; i < width; ++i) {
+          Value u[kChunk], before[kChunk], unused;
+          Value v = chunk ? team.get(io.states + at.neuron(chunk - 1, c), i) : Value{};
+          Value grad_v = last ? Value{} : team.own(io.carried + at.weight(group, c), i);
+          Value grad_weight = last && sample == from ? Value{} : team.own(sum, i);
+          STBP_CHUNK_LOOP
+          for (int k = 0; k < kChunk; ++k) {
+            if (k >= steps) break;
+            before[k] = v;
+            u[k] = neuron.step(v, team.get(io.x + row + k * at.step(), i), unused);
           }
-        }
-        STBP_CHUNK_LOOP
-        for (int k = kChunk - 1; k >= 0; --k) {
-          if (k >= steps) continue;
-          const auto grad = team.read(io.grad_normalised + at.neuron(start + k, c));
-          Scalar* const grad_x = io.grad_x + at.neuron(start + k, c);
-          auto out = team.write(grad_x);
-          STBP_LANE_LOOP
-          for (int i = 0; i < width; ++i) {
-            const Value upstream = grad.get(i);
-            grad_weight[i] = grad_weight[i] - upstream * map[k][i];
-            const Value grad_u = neuron.step_back(u[k][i], upstream + norm.gain * grad_map[k][i], grad_v[i]);
-            if (io.grad_decays) grad_decays[0][i] = grad_decays[0][i] + grad_u * v_before[k][i];
-            out.set(i, grad_u);
+          STBP_CHUNK_LOOP
+          for (int k = kChunk - 1; k >= 0; --k) {
+            if (k >= steps) continue;
+            const Value upstream = team.get(io.grad_normalised + row + k * at.step(), i);
+            grad_weight = grad_weight - upstream * map[k][i];
+            const Value grad_u = neuron.step_back(u[k], upstream + grad_map[k][i], grad_v);
+            if (io.grad_decays) grad_decay[i] = grad_decay[i] + grad_u * before[k];
+            team.set(io.grad_x + row + k * at.step(), i, grad_u);
           }
-          team.flush(grad_x, out);
+          team.set(sum, i, grad_weight);
+          if (chunk > 0) team.set(io.carried + at.weight(group, c), i, grad_v);
         }
-        store_state(team, sum, grad_weight);
-        if (chunk > 0) store_state(team, io.carried + at.weight(group, c), grad_v);
       });
     }
   }
   if (io.grad_decays) {
     State* const slot = io.grad_decays + (group * strips + strip) * 2;
-    for (int which = 0; which < 2; ++which) team.store_total(slot + which, grad_decays[which]);
+    team.store_total(slot, grad_decay);
+    team.store_total(slot + 1, grad_norm_decay);
   }
 }
 

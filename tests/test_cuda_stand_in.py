@@ -310,7 +310,7 @@ neunorm_cases = st.builds(
     folded=st.just(False),
 )
 LARGE_NEUNORM = test_neunorm.Case(2 * NEUNORM_CHUNK + 3, 3, (7, STRIP + 5))
-few = settings(max_examples=4 if SANITIZED is None else 2)
+few = settings(max_examples=2 if SANITIZED is None else 1)
 
 
 @every_surrogate

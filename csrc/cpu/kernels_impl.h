@@ -158,9 +158,11 @@ void backward(const LifBackward<Scalar>& io, const LifOptions& options, int64_t 
   if (past_caches) end_of_streams();
 }
 
-// A team of one thread, with all features.
-template <class Lanes>
-struct Alone : Lanes {
+// Teams of one thread, with all features: a strip of whole vectors of positions, or the positions that are left.
+template <class State>
+struct Alone {
+  using Value = Vector<State>;
+  static constexpr int kLanes = kVectorBytes / sizeof(State);
   static constexpr int kChunk = kNeuNormChunk;
 
   template <class F>
@@ -169,32 +171,88 @@ struct Alone : Lanes {
   }
   template <class Values>
   STBP_FN void sum(const Values&, int) const {}
-  template <class Value, class State>
+  STBP_FN bool leads() const { return true; }
+};
+
+template <class State>
+struct Strip : Alone<State> {
+  using Value = Vector<State>;
+  using Alone<State>::kLanes;
+  static constexpr int kWidth = kNeuNormStrip / kVectorBytes;
+
+  int vectors;
+
+  STBP_FN int width() const { return vectors; }
+  template <class T>
+  STBP_FN Value get(const T* row, int i) const {
+    return widen(load<decltype(narrow(Value(), T()))>(row + i * kLanes), T());
+  }
+  template <class T>
+  STBP_FN Value own(const T* row, int i) const {
+    return get(row, i);
+  }
+  template <class T>
+  STBP_FN void set(T* row, int i, Value value) const {
+    const auto stored = narrow(value, T());
+    memcpy(row + i * kLanes, &stored, sizeof(stored));
+  }
+  template <class T>
+  STBP_FN void set_spike(T* row, int i, Value o) const {
+    const auto stored = narrow_spike(o, T());
+    memcpy(row + i * kLanes, &stored, sizeof(stored));
+  }
   STBP_FN void store_total(State* to, const Value* values) const {
     State total = 0;
-    for (int i = 0; i < this->width(); ++i)
-      for (int lane = 0; lane < Lanes::kLanes; ++lane) total += values[i][lane];
+    for (int i = 0; i < vectors; ++i)
+      for (int lane = 0; lane < kLanes; ++lane) total += values[i][lane];
     *to = total;
   }
-  STBP_FN bool leads() const { return true; }
+};
+
+// What is beyond the last position is 0, and adds nothing to a gradient.
+template <class State>
+struct Rest : Alone<State> {
+  using Value = Vector<State>;
+  static constexpr int kWidth = 1;
+
+  Remainder<State> lanes;
+
+  STBP_FN int width() const { return 1; }
   template <class T>
-  STBP_FN auto again(const T* from) const {
-    return this->read(from);
+  STBP_FN Value get(const T* row, int i) const {
+    return lanes.read(row).get(i);
+  }
+  template <class T>
+  STBP_FN Value own(const T* row, int i) const {
+    return get(row, i);
+  }
+  template <class T>
+  STBP_FN void set(T* row, int i, Value value) const {
+    lanes.write(row).set(i, value);
+  }
+  template <class T>
+  STBP_FN void set_spike(T* row, int i, Value o) const {
+    lanes.write(row).set_spike(i, o);
+  }
+  STBP_FN void store_total(State* to, const Value* values) const {
+    State total = 0;
+    for (int lane = 0; lane < lanes.count; ++lane) total += values[0][lane];
+    *to = total;
   }
 };
 
 // scan(team, sample or group, strip, n) of every task in [first, last).
 template <class State, class Scan>
 STBP_FN void each_strip(const NeuNormPlan& plan, int64_t positions, int64_t first, int64_t last, const Scan& scan) {
-  using Strip = Tile<State, kNeuNormStrip, 1, false>;
-  const int64_t in_vectors = positions / Strip::kLanes * Strip::kLanes;
+  constexpr int kLanes = Strip<State>::kLanes;
+  const int64_t in_vectors = positions / kLanes * kLanes;
   for (int64_t task = first; task < last; ++task) {
     const int64_t part = task / plan.strips, strip = task % plan.strips;
     if (strip < plan.whole) {
-      const int64_t n = strip * plan.length;
-      scan(Alone<Strip>{{int(plan.length < in_vectors - n ? plan.length : in_vectors - n)}}, part, strip, n);
+      const int64_t n = strip * plan.length, left = in_vectors - n;
+      scan(Strip<State>{{}, int((plan.length < left ? plan.length : left) / kLanes)}, part, strip, n);
     } else {
-      scan(Alone<Remainder<State>>{{int(positions - in_vectors)}}, part, strip, in_vectors);
+      scan(Rest<State>{{}, {int(positions - in_vectors)}}, part, strip, in_vectors);
     }
   }
 }

@@ -14,6 +14,7 @@ namespace stbp::cuda {
 constexpr int kThreads = 128;
 // At least 4 blocks on a multiprocessor allow 128 registers a thread; without a number ptxas aims at more and spills.
 constexpr int kBlocksPerProcessor = 4;
+constexpr int kNeuNormBlocksPerProcessor = 2;  // of 256 threads: 128 registers, too
 
 // One load or store instruction of 2 to 16 bytes.
 template <int kBytes>
@@ -122,24 +123,33 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 
 // A block of threads with 32 neighbouring positions, those of one warp, and all features, warp by warp.
 template <class State, int kWarps>
-struct Block : Registers<State, 1> {
+struct Block {
+  using Value = State;
+  static constexpr int kWidth = 1;
   static constexpr int kChunk = kNeuNormChunk;
   static constexpr int kScratch = kChunk * kWarps * kStrip;
 
   State* scratch;  // [K, warps, 32], shared by the block
   bool inside;     // whether this thread's position exists
 
+  static STBP_FN constexpr int width() { return 1; }
   template <class T>
-  __device__ __forceinline__ Pack<T, 1> read(const T* from) const {
-    return inside ? Pack<T, 1>::load(from) : Pack<T, 1>{};
+  __device__ __forceinline__ State get(const T* row, int) const {
+    return inside ? Pack<T, 1>::load(row).get(0) : State(0);
   }
   template <class T>
-  __device__ __forceinline__ Pack<T, 1> again(const T* from) const {
-    return inside ? Pack<T, 1>::load_own(from) : Pack<T, 1>{};
+  __device__ __forceinline__ State own(const T* row, int) const {
+    return inside ? Pack<T, 1>::load_own(row).get(0) : State(0);
   }
   template <class T>
-  __device__ __forceinline__ void flush(T* to, const Pack<T, 1>& row) const {
-    if (inside) row.store(to);
+  __device__ __forceinline__ void set(T* row, int, State value) const {
+    Pack<T, 1> pack;
+    pack.set(0, value);
+    if (inside) pack.store(row);
+  }
+  template <class T>
+  __device__ __forceinline__ void set_spike(T* row, int, State o) const {
+    set(row, 0, o);
   }
 
   static __device__ __forceinline__ int lane() { return int(threadIdx.x) % kStrip; }
@@ -179,24 +189,24 @@ struct Block : Registers<State, 1> {
 
 // A block for every strip of every sample.
 template <int kWarps, class Scalar, class Neuron>
-__global__ void __launch_bounds__(kWarps* kStrip)
+__global__ void __launch_bounds__(kWarps* kStrip, kNeuNormBlocksPerProcessor)
     neunorm_forward(const NeuNormForward<Scalar> io, const int64_t strips, const Neuron neuron) {
   using Team = Block<state_t<Scalar>, kWarps>;
   __shared__ state_t<Scalar> scratch[Team::kScratch];
   const int64_t first = int64_t(blockIdx.x) % strips * kStrip + Team::lane();
-  neunorm_forward_scan(Team{{}, scratch, first < io.positions}, neuron, io, int64_t(blockIdx.x) / strips, first);
+  neunorm_forward_scan(Team{scratch, first < io.positions}, neuron, io, int64_t(blockIdx.x) / strips, first);
 }
 
 // A block for every strip of every group of samples.
 template <int kWarps, class Scalar, class Neuron>
-__global__ void __launch_bounds__(kWarps* kStrip)
+__global__ void __launch_bounds__(kWarps* kStrip, kNeuNormBlocksPerProcessor)
     neunorm_backward(const NeuNormBackward<Scalar> io, const int64_t strips, const Neuron neuron) {
   using Team = Block<state_t<Scalar>, kWarps>;
   __shared__ state_t<Scalar> scratch[Team::kScratch];
   const int64_t strip = int64_t(blockIdx.x) % strips;
   const int64_t first = strip * kStrip + Team::lane();
-  neunorm_backward_scan(Team{{}, scratch, first < io.positions}, neuron, io, int64_t(blockIdx.x) / strips, strip,
-                        strips, first);
+  neunorm_backward_scan(Team{scratch, first < io.positions}, neuron, io, int64_t(blockIdx.x) / strips, strip, strips,
+                        first);
 }
 
 // Whether rows of N elements at these pointers can be moved in packs of 16 bytes of Scalar (a null pointer can).
