@@ -83,7 +83,7 @@ struct NeuNormBackward {
   Scalar* grad_x;                 // [T, B, C, P]
   State* grad_weight;             // [G, C, P]
   State* grad_decays;             // [G, S, 2], or null
-  State* carried;                 // [G, C, P] for dL/dv between two chunks, or null where T <= K
+  State* carried;                 // [G, C, P] for dL/dv between two chunks where a device wants it, else null
 };
 
 }  // namespace stbp

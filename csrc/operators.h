@@ -2,8 +2,9 @@
 //
 // Device gives kChunk, the K of "one state every K steps"; forward(io, options, device_index) and backward(...), which
 // run the kernels; and new_tensor(sizes, strides, type, like), for results. For the neurons with normalisation,
-// kNeuNormChunk; neunorm_parts(io), into how many groups of samples and strips of positions a device splits the
-// backward pass; and neunorm_forward and neunorm_backward.
+// kNeuNormChunk; kCarriesInMemory, whether gradients go from chunk to chunk through a tensor; neunorm_parts(io), into
+// how many groups of samples and strips of positions a device splits the backward pass; and neunorm_forward and
+// neunorm_backward.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -312,14 +313,14 @@ std::tuple<Tensor, Tensor, Tensor> neunorm_lif_backward(const Tensor& grad_norma
   const Tensor map = contiguous("maps", maps, shape.maps(), state, x);
   const Tensor kept = contiguous("states", states, shape.states(Device::kNeuNormChunk), state, x);
 
-  const auto [groups, strips] = Device::neunorm_parts(shape, type);
+  const auto [groups, strips] = Device::neunorm_parts(shape, type, return_grad_decays);
   std::vector<int64_t> partial = sizes_of(weight);
   partial.insert(partial.begin(), groups);
-  const bool chunks = shape.steps > Device::kNeuNormChunk;
+  const bool carries = Device::kCarriesInMemory && shape.steps > Device::kNeuNormChunk;
   const Tensor grad_x = new_contiguous<Device>(shape.sizes, type, x);
   Tensor grad_weight = new_contiguous<Device>(partial, state, x);
   Tensor grad_decays = return_grad_decays ? new_contiguous<Device>({groups, strips, 2}, state, x) : no_output(state, x);
-  const Tensor carried = chunks ? new_contiguous<Device>(partial, state, x) : no_output(state, x);
+  const Tensor carried = carries ? new_contiguous<Device>(partial, state, x) : no_output(state, x);
   if (!shape.empty()) {
     visit_scalar(type, [&, groups = groups](auto number) {
       using Scalar = decltype(number);

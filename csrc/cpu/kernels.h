@@ -16,8 +16,8 @@ constexpr int kChunk = 32;
 // other's lines.
 constexpr int kBlock = 64;
 
-// The most bytes of State in a strip of positions.
-constexpr int kNeuNormStrip = 256;
+// The most bytes of State in a strip of positions: memory likes long rows.
+constexpr int kNeuNormStrip = 1024;
 
 // K of the neurons with normalisation: the gradients of a chunk of all features are read twice, and stay in the L2
 // cache.
@@ -32,18 +32,26 @@ struct NeuNormPlan {
   int64_t strips;
   int64_t groups;
 
-  NeuNormPlan(int64_t steps, int64_t batch, int64_t features, int64_t positions, int64_t element_size, int64_t lanes) {
-    constexpr int64_t kCache = 1 << 19;  // bytes, of input and gradient
+  // `rows` of all features are in scratch memory.
+  NeuNormPlan(int64_t rows, int64_t batch, int64_t features, int64_t positions, int64_t state_size, int64_t lanes) {
+    constexpr int64_t kCache = 1 << 19;  // bytes of it that stay in the L2 cache
     constexpr int64_t kTasks = 64;       // enough for that many threads
-    const int64_t row = 2 * std::min<int64_t>(steps, kNeuNormChunk) * features * element_size;
-    length = kNeuNormStrip / (element_size == 8 ? 8 : 4);
-    while (length > 16 && row * length > kCache) length /= 2;
+    length = kNeuNormStrip / state_size;
+    while (length > 16 && rows * features * state_size * length > kCache) length /= 2;
     whole = (positions / lanes * lanes + length - 1) / length;
     strips = whole + (positions % lanes != 0);
     groups = std::min(batch, (kTasks + strips - 1) / std::max<int64_t>(1, strips));
     groups = std::max<int64_t>(1, groups);
   }
 };
+
+// The rows of a thread's scratch memory: forward, the weight, potentials and spikes; backward, the weight, potentials,
+// the gradients of both, and for each step of a chunk the potentials and, where decays are learned, those after the
+// step before.
+constexpr int64_t kNeuNormForwardRows = 3;
+inline int64_t neunorm_backward_rows(int64_t steps, bool decays) {
+  return 4 + (steps < kNeuNormChunk ? steps : kNeuNormChunk) * (decays ? 2 : 1);
+}
 
 template <class Scalar>
 struct Kernels {
@@ -54,9 +62,9 @@ struct Kernels {
   void (*backward)(const LifBackward<Scalar>&, const LifOptions&, int64_t first, int64_t last, bool past_caches);
   // Run the tasks [first, last): task i is strip i % S of sample, or backward of group, i / S.
   void (*neunorm_forward)(const NeuNormForward<Scalar>&, const LifOptions&, const NeuNormPlan&, int64_t first,
-                          int64_t last);
+                          int64_t last, bool past_caches);
   void (*neunorm_backward)(const NeuNormBackward<Scalar>&, const LifOptions&, const NeuNormPlan&, int64_t first,
-                           int64_t last);
+                           int64_t last, bool past_caches);
   int64_t lanes;  // of a vector of State
 };
 
@@ -87,6 +95,17 @@ template <class Scalar>
 bool past_caches(const LifBackward<Scalar>& io) {
   return io.steps * io.neurons * int64_t(3 * sizeof(Scalar)) > last_cache_bytes() / 4 * 3 &&
          aligned_for_streams(io.grad_x, io.neurons) && aligned_for_streams(io.grad_initial, io.neurons);
+}
+
+template <class Scalar>
+bool past_caches(const NeuNormForward<Scalar>& io) {
+  return io.steps * io.batch * io.features * io.positions * int64_t(2 * sizeof(Scalar)) > last_cache_bytes() / 4 * 3 &&
+         aligned_for_streams(io.normalised, io.positions);
+}
+template <class Scalar>
+bool past_caches(const NeuNormBackward<Scalar>& io) {
+  return io.steps * io.batch * io.features * io.positions * int64_t(3 * sizeof(Scalar)) > last_cache_bytes() / 4 * 3 &&
+         aligned_for_streams(io.grad_x, io.positions);
 }
 
 namespace portable {

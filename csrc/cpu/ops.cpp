@@ -73,11 +73,12 @@ struct Cpu {
   }
 
   static constexpr int kNeuNormChunk = cpu::kNeuNormChunk;
+  static constexpr bool kCarriesInMemory = false;
 
-  static std::pair<int64_t, int64_t> neunorm_parts(const NeuNormShape& shape, ScalarType type) {
+  static std::pair<int64_t, int64_t> neunorm_parts(const NeuNormShape& shape, ScalarType type, bool decays) {
     std::pair<int64_t, int64_t> parts;
     visit_scalar(type, [&](auto number) {
-      const cpu::NeuNormPlan plan = neunorm_plan<decltype(number)>(shape);
+      const cpu::NeuNormPlan plan = backward_plan<decltype(number)>(shape, decays);
       parts = {plan.groups, plan.strips};
     });
     return parts;
@@ -85,16 +86,20 @@ struct Cpu {
 
   template <class Scalar>
   static void neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, int) {
-    const cpu::NeuNormPlan plan = neunorm_plan<Scalar>(io);
+    const cpu::NeuNormPlan plan = neunorm_plan<Scalar>(io, cpu::kNeuNormForwardRows);
     run_tasks(io.batch * plan.strips, io.steps * io.features * plan.length,
-              [&](int64_t first, int64_t last) { kernels<Scalar>().neunorm_forward(io, options, plan, first, last); });
+              [&, past_caches = cpu::past_caches(io)](int64_t first, int64_t last) {
+                kernels<Scalar>().neunorm_forward(io, options, plan, first, last, past_caches);
+              });
   }
 
   template <class Scalar>
   static void neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options, int) {
-    const cpu::NeuNormPlan plan = neunorm_plan<Scalar>(io);
+    const cpu::NeuNormPlan plan = backward_plan<Scalar>(io, io.grad_decays != nullptr);
     run_tasks(io.groups * plan.strips, io.batch / io.groups * io.steps * io.features * plan.length,
-              [&](int64_t first, int64_t last) { kernels<Scalar>().neunorm_backward(io, options, plan, first, last); });
+              [&, past_caches = cpu::past_caches(io)](int64_t first, int64_t last) {
+                kernels<Scalar>().neunorm_backward(io, options, plan, first, last, past_caches);
+              });
   }
 
   static Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
@@ -132,9 +137,14 @@ struct Cpu {
   }
 
   template <class Scalar, class Shape>
-  static cpu::NeuNormPlan neunorm_plan(const Shape& of) {
+  static cpu::NeuNormPlan backward_plan(const Shape& of, bool decays) {
+    return neunorm_plan<Scalar>(of, cpu::neunorm_backward_rows(of.steps, decays));
+  }
+
+  template <class Scalar, class Shape>
+  static cpu::NeuNormPlan neunorm_plan(const Shape& of, int64_t rows) {
     const int64_t lanes = kernels<Scalar>().lanes;
-    return {of.steps, of.batch, of.features, of.positions, int64_t(sizeof(Scalar)), lanes};
+    return {rows, of.batch, of.features, of.positions, int64_t(sizeof(state_t<Scalar>)), lanes};
   }
 };
 

@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../neunorm.h"
 #include "../scan.h"
 #include "launch.h"
 
@@ -14,7 +13,6 @@ namespace stbp::cuda {
 constexpr int kThreads = 128;
 // At least 4 blocks on a multiprocessor allow 128 registers a thread; without a number ptxas aims at more and spills.
 constexpr int kBlocksPerProcessor = 4;
-constexpr int kNeuNormBlocksPerProcessor = 2;  // of 256 threads: 128 registers, too
 
 // One load or store instruction of 2 to 16 bytes.
 template <int kBytes>
@@ -119,94 +117,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     lif_backward(const LifBackward<Scalar> io, const Neuron neuron) {
   const int64_t first = first_neuron<kWidth>();
   if (first < io.neurons) backward_scan(Registers<state_t<Scalar>, kWidth>(), neuron, io, first);
-}
-
-// A block of threads with 32 neighbouring positions, those of one warp, and all features, warp by warp.
-template <class State, int kWarps>
-struct Block {
-  using Value = State;
-  static constexpr int kWidth = 1;
-  static constexpr int kChunk = kNeuNormChunk;
-  static constexpr int kScratch = kChunk * kWarps * kStrip;
-
-  State* scratch;  // [K, warps, 32], shared by the block
-  bool inside;     // whether this thread's position exists
-
-  static STBP_FN constexpr int width() { return 1; }
-  template <class T>
-  __device__ __forceinline__ State get(const T* row, int) const {
-    return inside ? Pack<T, 1>::load(row).get(0) : State(0);
-  }
-  template <class T>
-  __device__ __forceinline__ State own(const T* row, int) const {
-    return inside ? Pack<T, 1>::load_own(row).get(0) : State(0);
-  }
-  template <class T>
-  __device__ __forceinline__ void set(T* row, int, State value) const {
-    Pack<T, 1> pack;
-    pack.set(0, value);
-    if (inside) pack.store(row);
-  }
-  template <class T>
-  __device__ __forceinline__ void set_spike(T* row, int, State o) const {
-    set(row, 0, o);
-  }
-
-  static __device__ __forceinline__ int lane() { return int(threadIdx.x) % kStrip; }
-  static __device__ __forceinline__ int warp() { return int(threadIdx.x) / kStrip; }
-  __device__ __forceinline__ bool leads() const { return warp() == 0; }
-
-  template <class F>
-  __device__ __forceinline__ void each_feature(int64_t features, const F& f) const {
-    for (int64_t c = warp(); c < features; c += kWarps) f(c);
-  }
-
-  __device__ __forceinline__ void sum(State (*values)[1], int steps) const {
-    __syncthreads();  // all are done with what was there before
-#pragma unroll
-    for (int k = 0; k < kChunk; ++k)
-      if (k < steps) scratch[(k * kWarps + warp()) * kStrip + lane()] = values[k][0];
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kChunk; ++k) {
-      if (k >= steps) break;
-      State total = 0;
-      for (int w = 0; w < kWarps; ++w) total += scratch[(k * kWarps + w) * kStrip + lane()];
-      values[k][0] = total;
-    }
-  }
-
-  __device__ __forceinline__ void store_total(State* to, const State* values) const {
-    __syncthreads();
-    scratch[threadIdx.x] = values[0];
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    State total = 0;
-    for (int thread = 0; thread < kWarps * kStrip; ++thread) total += scratch[thread];
-    *to = total;
-  }
-};
-
-// A block for every strip of every sample.
-template <int kWarps, class Scalar, class Neuron>
-__global__ void __launch_bounds__(kWarps* kStrip, kNeuNormBlocksPerProcessor)
-    neunorm_forward(const NeuNormForward<Scalar> io, const int64_t strips, const Neuron neuron) {
-  using Team = Block<state_t<Scalar>, kWarps>;
-  __shared__ state_t<Scalar> scratch[Team::kScratch];
-  const int64_t first = int64_t(blockIdx.x) % strips * kStrip + Team::lane();
-  neunorm_forward_scan(Team{scratch, first < io.positions}, neuron, io, int64_t(blockIdx.x) / strips, first);
-}
-
-// A block for every strip of every group of samples.
-template <int kWarps, class Scalar, class Neuron>
-__global__ void __launch_bounds__(kWarps* kStrip, kNeuNormBlocksPerProcessor)
-    neunorm_backward(const NeuNormBackward<Scalar> io, const int64_t strips, const Neuron neuron) {
-  using Team = Block<state_t<Scalar>, kWarps>;
-  __shared__ state_t<Scalar> scratch[Team::kScratch];
-  const int64_t strip = int64_t(blockIdx.x) % strips;
-  const int64_t first = strip * kStrip + Team::lane();
-  neunorm_backward_scan(Team{scratch, first < io.positions}, neuron, io, int64_t(blockIdx.x) / strips, strip, strips,
-                        first);
 }
 
 // Whether rows of N elements at these pointers can be moved in packs of 16 bytes of Scalar (a null pointer can).

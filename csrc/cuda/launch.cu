@@ -5,8 +5,8 @@
 
 #include "../build_info.h"
 #include "../dispatch.h"
-#include "kernels.cuh"
 #include "launch.h"
+#include "neunorm.cuh"
 
 namespace stbp {
 namespace cuda {

@@ -29,6 +29,7 @@ void* current_stream(int device) {
 struct Cuda {
   static constexpr int kChunk = cuda::kChunk;
   static constexpr int kNeuNormChunk = cuda::kNeuNormChunk;
+  static constexpr bool kCarriesInMemory = true;
 
   template <class Scalar>
   static void forward(const LifForward<Scalar>& io, const LifOptions& options, int device) {
@@ -38,7 +39,7 @@ struct Cuda {
   static void backward(const LifBackward<Scalar>& io, const LifOptions& options, int device) {
     cuda::launch_backward(io, options, device, current_stream(device));
   }
-  static std::pair<int64_t, int64_t> neunorm_parts(const NeuNormShape& shape, ScalarType) {
+  static std::pair<int64_t, int64_t> neunorm_parts(const NeuNormShape& shape, ScalarType, bool) {
     return {cuda::neunorm_groups(shape.batch, shape.positions), cuda::neunorm_strips(shape.positions)};
   }
   template <class Scalar>

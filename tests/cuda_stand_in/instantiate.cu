@@ -1,7 +1,7 @@
 // The kernels of one number type, STBP_SCALAR, as csrc/cuda/launch.cu instantiates them: a small part of its compile
 // time, for seeing what ptxas says of them.
 
-#include "../../csrc/cuda/kernels.cuh"
+#include "../../csrc/cuda/neunorm.cuh"
 #include "../../csrc/dispatch.h"
 
 namespace stbp::cuda {

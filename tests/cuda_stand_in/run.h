@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cuda/kernels.cuh"
+#include "../../csrc/cuda/neunorm.cuh"
 #include "../../csrc/dispatch.h"
 
 namespace stbp::cuda {
