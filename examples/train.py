@@ -2,349 +2,280 @@
 
     python examples/train.py                              hand-written digits, 8 x 8 pixels: under a minute on a CPU
     python examples/train.py mnist-mlp --data-dir data    the MNIST network 784-800-10 of arXiv:1706.02609
+    python examples/train.py --list                       all experiments
+    python examples/train.py mnist-mlp --list             the settings of one, each with its source
+    python examples/train.py --resume RUN                 go on with a run that was interrupted or killed
+    torchrun --nproc-per-node 2 examples/train.py ...     several processes, with the results of one
     python examples/train.py --help                       everything else
 
-Needs what `pip install '.[examples]'` installs. Writes runs/<experiment>/<date and time>/: metrics.json, checkpoint.pt,
-learning_curve.png and raster.png.
+Needs what `pip install '.[examples]'` installs. Writes runs/EXPERIMENT/DATE-TIME/: report.md and its pictures,
+metrics.json and .csv, TensorBoard's file, checkpoint.pt.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
-import io
 import json
+import logging
 import math
 import os
+import platform
+import re
+import shlex
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from torch import Tensor, nn
-from tqdm import tqdm
+from data import LOADERS, SHAPES, Data, load
+from experiments import CHOICES, EXPERIMENTS, Settings
+from lightning_fabric import Fabric
+from summary import write_report
+from trainer import CHECKPOINT, METRICS, Trainer, build, convolutional, read_checkpoint
 
 import stbp_cuda
 from stbp_cuda.functional import BACKENDS
 from stbp_cuda.surrogate import SURROGATES
 
-
-@dataclass(frozen=True)
-class Settings:
-    """Of one experiment; each is an option of the command line, too."""
-
-    hidden: int  # neurons between the pixels and the classes
-    steps: int  # T, for which an image is shown
-    decay: float
-    v_threshold: float
-    surrogate: str
-    width: float  # of the surrogate
-    learning_rate: float  # the highest: it rises during the first tenth of a run, then falls to 0 (OneCycleLR)
-    batch_size: int
-    epochs: int
-    seed: int
-
-
-EXPERIMENTS = {
-    "digits": Settings(
-        hidden=256,
-        steps=15,
-        decay=0.5,
-        v_threshold=0.5,
-        surrogate="atan",  # has tails, so that no neuron is ever out of the gradient's reach
-        width=1.0,
-        learning_rate=2e-3,
-        batch_size=50,
-        epochs=40,
-        seed=0,
-    ),
-    # The paper's neurons, with a wider surrogate: at width 1 an output neuron can leave the gradient's reach for good.
-    # The paper does not tell its learning rate, batch size and epochs.
-    "mnist-mlp": Settings(
-        hidden=800,
-        steps=30,
-        decay=0.1,
-        v_threshold=1.5,
-        surrogate="rectangular",
-        width=2.0,
-        learning_rate=5e-3,
-        batch_size=50,
-        epochs=25,
-        seed=0,
-    ),
-}
+KINDS = {"int": int, "float": float, "str": str}
+ALL_CHOICES = {**CHOICES, "data": tuple(LOADERS), "surrogate": tuple(SURROGATES), "backend": BACKENDS}
+POSITIVE = (
+    *("steps", "time_window", "learning_rate", "batch_size", "accumulate", "epochs", "elastic_sigma"),
+    *("step_epochs", "step_factor"),
+)
+NOT_NEGATIVE = (
+    "weight_norm",
+    "linear_learning_rate",
+    "momentum",
+    "weight_decay",
+    "seed",
+    "train_samples",
+    "test_samples",
+)
+# Freed memory is neither given back nor mapped anew: its page faults cost a CPU as much as the convolutions.
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
-@dataclass(frozen=True)
-class Images:
-    """A set of images, as intensities from 0 to 1 [S, pixels], and their classes [S]."""
-
-    intensities: Tensor
-    classes: Tensor
-
-    def to(self, device: torch.device) -> Images:
-        return Images(self.intensities.to(device), self.classes.to(device))
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def digits() -> tuple[Images, Images]:
-    """1,797 digits of 8 x 8 pixels, which come with scikit-learn; every fifth is kept for the test."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    x, y = load_digits(return_X_y=True)
-    x_train, x_test, y_train, y_test = train_test_split(x / 16, y, test_size=0.2, stratify=y, random_state=0)
-    train, test = (Images(torch.tensor(x).float(), torch.tensor(y)) for x, y in ((x_train, y_train), (x_test, y_test)))
-    return train, test
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Where data come from, and where computations run."""
+    add = parser.add_argument
+    add("--data-dir", type=Path, default=Path("data"), help="where data lie or are downloaded to; default: data")
+    add("--cache-dir", type=Path, default=Path("runs", ".cache"), help="for binned events and unpacked archives")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    add("--workers", type=int, default=2, help="processes that read data which a GPU has no room for; default: 2")
 
 
-def mnist(folder: Path) -> tuple[Images, Images]:
-    """70,000 digits of 28 x 28 pixels, from folder/MNIST/raw, downloaded to it where they are missing."""
-    from torchvision.datasets import MNIST
-
-    try:
-        train, test = (MNIST(str(folder), train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"MNIST can neither be read from nor downloaded to {folder}: {error}")
-    return tuple(Images(part.data.flatten(1).float() / 255, part.targets) for part in (train, test))  # type: ignore[return-value]
-
-
-def bernoulli_spikes(intensities: Tensor, steps: int, generator: torch.Generator) -> Tensor:
-    """Independent spikes [T, B, pixels] at every step, each with the intensity of its pixel for its probability."""
-    chance = torch.rand(steps, *intensities.shape, generator=generator, device=intensities.device)
-    return (chance < intensities).to(intensities.dtype)
-
-
-def network(settings: Settings, inputs: int, classes: int, backend: str) -> nn.Sequential:
-    """Two linear layers, each followed by spiking neurons, on [T, B, inputs]."""
-
-    def linear(n_in: int, n_out: int) -> nn.Linear:
-        layer = nn.Linear(n_in, n_out)
-        with torch.no_grad():
-            # As the paper starts, with uniform weights and rows scaled to one length; but to twice the threshold where
-            # it says 1, with which hardly a hidden neuron of its MNIST network fires, and no gradient gets through.
-            layer.weight.uniform_(-1, 1)
-            layer.weight *= 2 * settings.v_threshold / layer.weight.norm(dim=1, keepdim=True)
-            layer.bias.zero_()
-        return layer
-
-    def lif() -> stbp_cuda.LIFLayer:
-        surrogate = SURROGATES[settings.surrogate](settings.width)
-        return stbp_cuda.LIFLayer(settings.decay, settings.v_threshold, surrogate, backend=backend)
-
-    return nn.Sequential(linear(inputs, settings.hidden), lif(), linear(settings.hidden, classes), lif())
-
-
-def batches(images: Images, size: int, shuffle: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    count, device = len(images.classes), images.classes.device
-    order = torch.randperm(count).to(device) if shuffle else torch.arange(count, device=device)
-    for index in order.split(size):
-        yield images.intensities[index], images.classes[index]
-
-
-def train_one_epoch(
-    net: nn.Sequential,
-    images: Images,
-    settings: Settings,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    generator: torch.Generator,
-    bar: tqdm[Any],
-) -> tuple[float, float]:
-    """Returns the mean loss, and the accuracy on the way, while the weights still change."""
-    net.train()
-    losses, hits = 0.0, 0
-    for intensities, classes in batches(images, settings.batch_size, shuffle=True):
-        rates = net(bernoulli_spikes(intensities, settings.steps, generator)).mean(0)
-        wanted = nn.functional.one_hot(classes, rates.shape[1]).to(rates.dtype)
-        loss = (rates - wanted).square().sum(1).mean() / 2  # Eq. 9 of the paper
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses += loss.item() * len(classes)
-        hits += int((rates.argmax(1) == classes).sum())
-        bar.update()
-    return losses / len(images.classes), hits / len(images.classes)
-
-
-@torch.no_grad()
-def accuracy(net: nn.Sequential, images: Images, settings: Settings) -> float:
-    """The share of images whose class has the highest rate. The input spikes are the same at every call."""
-    net.eval()
-    generator = torch.Generator(images.classes.device).manual_seed(settings.seed)
-    hits = 0
-    for intensities, classes in batches(images, 1000, shuffle=False):
-        rates = net(bernoulli_spikes(intensities, settings.steps, generator)).mean(0)
-        hits += int((rates.argmax(1) == classes).sum())
-    return hits / len(images.classes)
-
-
-def learning_curve(rows: list[dict[str, Any]], title: str) -> Figure:
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-    figure.suptitle(title)
-    loss, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    loss.plot(epochs, [row["train_loss"] for row in rows], ".-", label="train")
-    loss.set(ylabel="loss", yscale="log")
-    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    loss.yaxis.set_minor_locator(NullLocator())
-    loss.yaxis.set_major_formatter("{x:g}")
-    for part in "train", "test":
-        right.plot(epochs, [100 * row[f"{part}_accuracy"] for row in rows], ".-", label=part)
-    right.set(ylabel="accuracy, %")
-    for axis in loss, right:
-        axis.set(xlabel="epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.3)
-        axis.legend()
-    return figure
-
-
-@torch.no_grad()
-def raster(net: nn.Sequential, images: Images, settings: Settings, title: str) -> Figure:
-    """The spikes of every neuron at every step, for one image."""
-    generator = torch.Generator(images.classes.device).manual_seed(settings.seed)
-    spikes = bernoulli_spikes(images.intensities[:1], settings.steps, generator)
-    layers = {"pixels": spikes}
-    for module in net.eval():
-        spikes = module(spikes)
-        if isinstance(module, stbp_cuda.LIFLayer):
-            layers["hidden neurons" if len(layers) == 1 else "classes"] = spikes
-    figure = Figure(figsize=(8, 8), dpi=120, layout="constrained")
-    guess = int(layers["classes"].mean(0).argmax())
-    figure.suptitle(f"{title}: an image of class {int(images.classes[0])}, taken for {guess}")
-    axes = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 3, 1.3]})
-    for axis, (name, of_layer) in zip(axes, layers.items(), strict=True):
-        step, _, neuron = of_layer.nonzero(as_tuple=True)
-        axis.vlines((step + 1).cpu(), (neuron - 0.45).cpu(), (neuron + 0.45).cpu(), color="black", linewidth=3)
-        axis.set_title(f"{of_layer.shape[2]} {name}, which spike at {of_layer.mean():.1%} of the steps", fontsize=10)
-        axis.set(ylim=(of_layer.shape[2] - 0.5, -0.5))
-    axes[-1].set(xlabel="time step", xlim=(0.5, settings.steps + 0.5), yticks=range(layers["classes"].shape[2]))
-    axes[-1].tick_params(axis="y", labelsize=7)
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
-
-
-def write(path: Path, data: bytes) -> None:
-    """All or nothing: an interrupted run leaves the file of the epoch before."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def write_figure(path: Path, figure: Figure) -> None:
-    image = io.BytesIO()
-    figure.savefig(image)
-    write(path, image.getvalue())
-
-
-def parse() -> tuple[argparse.Namespace, Settings, torch.device]:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("experiment", nargs="?", choices=EXPERIMENTS, default="digits", help="default: digits")
-    add("--data-dir", type=Path, default=Path("data"), help="where MNIST lies or is downloaded to; default: data")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    add("--backend", choices=BACKENDS, default="auto", help="of the spiking layers; default: auto, the fused kernels")
+    add("experiment", nargs="?", choices=EXPERIMENTS, metavar="EXPERIMENT", help="one of --list; default: digits")
+    add("--list", action="store_true", help="list the experiments, or the settings of the one named")
+    add("--run-dir", type=Path, help="a new folder for the run; default: runs/EXPERIMENT/DATE-TIME")
+    add("--resume", type=Path, metavar="RUN", help="go on with the run in this folder, with its own settings")
+    add_places(parser)
+    add("--checkpoint-seconds", type=float, default=300, metavar="S", help="between checkpoints; default: 300")
     own = parser.add_argument_group("settings, in place of the experiment's own")
-    choices = {"surrogate": list(SURROGATES)}
-    for field in fields(Settings):
-        kind = {"int": int, "float": float, "str": str}[str(field.type)]
-        name = "--" + field.name.replace("_", "-")
-        own.add_argument(
-            name, type=kind, choices=choices.get(field.name), metavar=None if kind is str else kind.__name__
-        )
-    args = parser.parse_args()
-    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
-    settings = replace(EXPERIMENTS[args.experiment], **{k: v for k, v in given.items() if v is not None})
-    for name in "hidden", "steps", "learning_rate", "batch_size", "epochs":
+    for field in dataclasses.fields(Settings):
+        if field.type == "bool":
+            own.add_argument(option(field.name), action=argparse.BooleanOptionalAction, default=None)
+        else:
+            kind = KINDS[str(field.type)]
+            choices = ALL_CHOICES.get(field.name)
+            metavar = None if choices else kind.__name__
+            own.add_argument(option(field.name), type=kind, choices=choices, metavar=metavar)
+    return parser
+
+
+def check(settings: Settings, parser: argparse.ArgumentParser) -> None:
+    for name in POSITIVE:
         if not 0 < getattr(settings, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(settings, name)}")
+            parser.error(f"{option(name)} must be positive and finite, got {getattr(settings, name)}")
+    for name in NOT_NEGATIVE:
+        if not 0 <= getattr(settings, name) < math.inf:
+            parser.error(f"{option(name)} must be finite and not negative, got {getattr(settings, name)}")
+    if (settings.data in ("nmnist", "dvscifar10")) != (settings.encoding == "events"):
+        parser.error(f"--encoding {settings.encoding} does not suit --data {settings.data}")
+    if settings.encoding == "events" and settings.augmentation != "none":
+        parser.error(f"--augmentation {settings.augmentation} is for images, not for events")
     try:
-        network(settings, 1, 1, args.backend)  # checks the neurons' parameters
-        device = torch.device(args.device)
-        torch.empty(1, device=device).item()
+        build(settings, SHAPES[settings.data])
+    except (ValueError, TypeError) as error:
+        parser.error(str(error).partition("\n")[0])
+
+
+def list_experiments(name: str | None) -> None:
+    if name is None:
+        print(f"{'experiment':28} {'reported accuracy, %':36} what")
+        for key, experiment in EXPERIMENTS.items():
+            print(f"{key:28} {experiment.reported:36} {experiment.title}")
+        return
+    experiment = EXPERIMENTS[name]
+    print(f"{name}: {experiment.title}; reported: {experiment.reported or 'nothing'}\n")
+    print("A: arXiv:1706.02609, B: arXiv:1809.05793, C: the authors' code\n")
+    for key, value in dataclasses.asdict(experiment.settings).items():
+        print(f"{option(key):24} {value!s:28} {experiment.sources[key]}")
+
+
+def make_fabric(device: str, precision: str, parser: argparse.ArgumentParser) -> Fabric:
+    """One process on ``device``; or the processes that torchrun has started, each on a device of its own."""
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    try:
+        wanted = torch.device(device)
+        torch.empty(1, device=wanted).item()
+        if wanted.type not in ("cpu", "cuda"):
+            raise ValueError(f"--device must be cpu or cuda, got {device}")
     except (ValueError, RuntimeError, AssertionError) as error:
         parser.error(str(error).partition("\n")[0])
-    return args, settings, device
+    torch.backends.cudnn.deterministic = True  # the same bits each time, interrupted or not
+    started = "LOCAL_WORLD_SIZE" in os.environ
+    devices: Any = int(os.environ["LOCAL_WORLD_SIZE"]) if started else [wanted.index or 0]
+    if wanted.type == "cpu" and not started:
+        devices = 1
+    with warnings.catch_warnings():
+        # Fabric looks for clusters, and warns where it sees one that the command was not started on.
+        warnings.filterwarnings("ignore", module="lightning_fabric")
+        fabric = Fabric(
+            accelerator=wanted.type,
+            devices=devices,
+            num_nodes=int(os.environ["WORLD_SIZE"]) // devices if started else 1,
+            strategy="ddp" if started else "auto",
+            precision="bf16-mixed" if precision == "bf16" else "32-true",
+        )
+        fabric.launch()
+    return fabric
+
+
+def machine(fabric: Fabric) -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        cpu = (re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) or [cpu])[0]
+    on_gpu = fabric.device.type == "cuda"
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(fabric.device) if on_gpu else None,
+        "processes": fabric.world_size,
+        "malloc_keeps": all(os.environ.get(name) == value for name, value in MALLOC.items()),
+        **stbp_cuda.build_info(),
+    }
+
+
+def describe(data: Data) -> dict[str, Any]:
+    return {"name": data.name, "extent": data.extent, "classes": list(data.classes)}
+
+
+def new_record(name: str, settings: Settings, data: Data, fabric: Fabric) -> dict[str, Any]:
+    experiment = EXPERIMENTS[name]
+    values, usual = dataclasses.asdict(settings), dataclasses.asdict(experiment.settings)
+    changed = {key: value for key, value in values.items() if value != usual[key]}
+    words = ["python", "examples/train.py", name]
+    for key, value in changed.items():
+        words += (
+            [option(key) if value else option(f"no_{key}")] if isinstance(value, bool) else [option(key), str(value)]
+        )
+    return {
+        "experiment": name,
+        "title": experiment.title,
+        "reported": experiment.reported,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(words),
+        "settings": values,
+        "sources": {
+            key: "the command line" if key in changed else source for key, source in experiment.sources.items()
+        },
+        "data": describe(data),
+        "machine": machine(fabric),
+        "epochs": [],
+    }
+
+
+def to_resume(folder: Path, parser: argparse.ArgumentParser) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The record of the run in ``folder``, and its checkpoint, if it lived to write one."""
+    if (folder / CHECKPOINT).exists():
+        checkpoint = read_checkpoint(folder / CHECKPOINT)
+        return checkpoint["record"], checkpoint
+    try:
+        record = json.loads((folder / METRICS).read_text())
+        Settings(**record["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"{folder} holds no run to go on with: no {CHECKPOINT}, and no usable {METRICS} ({error})")
+    return record, None
 
 
 def main() -> None:
-    args, settings, device = parse()
-    train, test = (part.to(device) for part in (digits() if args.experiment == "digits" else mnist(args.data_dir)))
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.list:
+        list_experiments(args.experiment)
+        return
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    given = {key: value for key, value in given.items() if value is not None}
+    record, checkpoint = None, None
+    if args.resume:
+        surplus = [
+            *map(option, given),
+            *([args.experiment] if args.experiment else []),
+            *(["--run-dir"] * bool(args.run_dir)),
+        ]
+        if surplus:
+            parser.error(f"--resume goes on with a run as it was begun; leave out {', '.join(surplus)}")
+        record, checkpoint = to_resume(args.resume, parser)
+        name, settings, folder = record["experiment"], Settings(**record["settings"]), args.resume
+    else:
+        name = args.experiment or "digits"
+        settings = dataclasses.replace(EXPERIMENTS[name].settings, **given)
+        now = datetime.datetime.now(datetime.timezone.utc)
+        folder = args.run_dir or Path("runs", name, now.strftime("%Y%m%d-%H%M%S-%f"))
+    check(settings, parser)
+    fabric = make_fabric(args.device, settings.precision, parser)
+    with fabric.rank_zero_first():
+        data = load(settings, args.data_dir, args.cache_dir)
+    if record is None:
+        record = new_record(name, settings, data, fabric)
+        folder = Path(fabric.broadcast(str(folder)))
+        if fabric.is_global_zero:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                # A run that was killed at once leaves a folder with nothing in it, or a file begun.
+                full = any(path.suffix != ".part" for path in folder.iterdir())
+            except OSError as error:
+                parser.error(f"--run-dir {folder} cannot be made: {error}")
+            if full:
+                parser.error(f"{folder} is not empty; a new run wants a new folder, or --resume {folder}")
+    elif record["data"] != (here := describe(data)):
+        parser.error(f"{folder} was trained on {record['data']}, and here is {here}")
+    trainer = Trainer(record, settings, data, fabric, folder, args.workers)
+    if checkpoint:
+        trainer.load(checkpoint)
 
-    torch.manual_seed(settings.seed)  # the weights, and the order of the images
-    generator = torch.Generator(device).manual_seed(settings.seed + 1)  # the input spikes
-    pixels, classes = train.intensities.shape[1], int(train.classes.max()) + 1
-    net = network(settings, pixels, classes, args.backend).to(device)
-    optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate)
-    per_epoch = -(-len(train.classes) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, settings.epochs * per_epoch, pct_start=0.1, cycle_momentum=False
-    )
-
-    title = f"{args.experiment} {pixels}-{settings.hidden}-{classes}"
-    now = datetime.datetime.now(datetime.timezone.utc)
-    folder = Path("runs", args.experiment, now.strftime("%Y%m%d-%H%M%S-%f"))
-    folder.mkdir(parents=True)
-    print(f"{title} on {device}, {len(train.classes):,} images to train with, {len(test.classes):,} to test; {folder}/")
-    result: dict[str, Any] = {
-        "experiment": args.experiment,
-        "date": now.isoformat(timespec="seconds"),
-        "settings": asdict(settings),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "backend": args.backend,
-        "build": stbp_cuda.build_info(),
-        "epochs": [],
-    }
-    rows = result["epochs"]
-    stopped = False
+    say = print if fabric.is_global_zero else lambda *_: None
+    say(f"{name} ({record['title']}) on {fabric.device}" + f" x {fabric.world_size}" * (fabric.world_size > 1))
+    say(f"data: {data.name}, {data.extent}")
+    say(f"run: {folder}/, to go on with after an interruption by --resume {folder}")
+    if fabric.device.type == "cpu" and convolutional(trainer.net) and not machine(fabric)["malloc_keeps"]:
+        say("hint: faster with " + " ".join(f"{key}={value}" for key, value in MALLOC.items()) + " in the environment")
     try:
-        with tqdm(total=settings.epochs * per_epoch, unit="batch", dynamic_ncols=True, disable=None) as bar:
-            for epoch in range(1, settings.epochs + 1):
-                bar.set_description(f"epoch {epoch}/{settings.epochs}")
-                start = time.perf_counter()
-                loss, train_accuracy = train_one_epoch(net, train, settings, optimizer, schedule, generator, bar)
-                seconds = time.perf_counter() - start
-                row = {
-                    "epoch": epoch,
-                    "train_loss": loss,
-                    "train_accuracy": train_accuracy,
-                    "test_accuracy": accuracy(net, test, settings),
-                    "train_seconds": seconds,
-                }
-                rows.append(row)
-                bar.write(
-                    f"epoch {epoch:3}  loss {loss:.4f}  accuracy: train {train_accuracy:7.2%}, "
-                    f"test {row['test_accuracy']:7.2%}  {seconds:.1f} s"
-                )
-                state = io.BytesIO()
-                model, of_optimizer = net.state_dict(), optimizer.state_dict()
-                torch.save(
-                    {"settings": asdict(settings), "epoch": epoch, "model": model, "optimizer": of_optimizer}, state
-                )
-                write(folder / "checkpoint.pt", state.getvalue())
-                write(folder / "metrics.json", (json.dumps(result, indent=1) + "\n").encode())
+        done = trainer.fit(args.checkpoint_seconds)
     except KeyboardInterrupt:
-        stopped = True
-    if rows:
-        write_figure(folder / "learning_curve.png", learning_curve(rows, title))
-        write_figure(folder / "raster.png", raster(net, test, settings, title))
-        best = max(rows, key=lambda row: row["test_accuracy"])
-        print(
-            f"test accuracy {rows[-1]['test_accuracy']:.2%}, best {best['test_accuracy']:.2%} in epoch {best['epoch']}"
-        )
-        print(*sorted(str(path) for path in folder.iterdir()), sep="\n")
-    if stopped:
-        sys.exit(f"interrupted after {len(rows)} of {settings.epochs} epochs")
+        done = False
+    if fabric.is_global_zero and trainer.rows:
+        files = write_report(trainer)
+        last, best = trainer.rows[-1], max(trainer.rows, key=lambda row: row["test_accuracy"])
+        say(f"test accuracy {last['test_accuracy']:.2%}, best {best['test_accuracy']:.2%} in epoch {best['epoch']}")
+        say(*sorted(map(str, files)), sep="\n")
+    if not done:
+        sys.exit(f"interrupted in epoch {trainer.epoch + 1} of {settings.epochs}; --resume {folder} goes on")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

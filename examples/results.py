@@ -1,0 +1,179 @@
+"""Collects finished runs, and writes docs/results.md from them.
+
+    python examples/results.py runs/mnist-mlp/DATE-TIME ...    add these runs to examples/results/, then write the page
+    python examples/results.py                                 write the page anew
+    python examples/results.py --check                         fail if the page is not what the runs say
+
+Runs of one experiment that differ in nothing but the seed share a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from experiments import EXPERIMENTS
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "examples" / "results", ROOT / "docs" / "results.md"
+
+# The rows of the page: experiments by patterns of their names.
+SECTIONS = {
+    "Paper A (arXiv:1706.02609)": ("mnist-mlp", "mnist-cnn", "nmnist-mlp", "objects-mlp", "objects-cnn"),
+    "Paper A: STBP against spatial-only backpropagation": ("*-stbp", "*-sdbp"),
+    "Paper A: surrogates and their widths": ("surrogate-*", "width-*"),
+    "Paper B (arXiv:1809.05793)": ("nmnist-cnn*", "dvscifar10*", "cifar10-*net", "cifar10-*-no-*"),
+    "Paper B: CIFAR10 against T": ("cifar10-*-t*[0-9]",),
+    "Paper B: speed, Fig 4 (seconds an epoch)": ("speed-*",),
+    "Not from the papers": ("digits",),
+}
+NOT_RUN = {
+    "speed-*": "not run: meant for a GPU; [performance.md](performance.md) has training steps of the papers' networks",
+    "dvscifar10*": "not run: the data set was not at hand; its loader is tested on recordings in its format",
+    "cifar10-*": "not run: an epoch takes hours without a GPU",
+    "nmnist-cnn*": "not run: 300 epochs take weeks without a GPU",
+    "*": "not run yet",
+}
+
+
+def section_of(name: str) -> str:
+    return next(title for title, patterns in SECTIONS.items() if any(fnmatch(name, pattern) for pattern in patterns))
+
+
+def first_like(name: str) -> str:
+    """Some experiments are part of two studies, under two names: the first with the same settings."""
+    return next(other for other, found in EXPERIMENTS.items() if found.settings == EXPERIMENTS[name].settings)
+
+
+def variant(record: dict[str, Any]) -> str:
+    """What runs that share a row have in common: experiment, settings without the seed, data, hardware."""
+    settings = {key: value for key, value in record["settings"].items() if key != "seed"}
+    machine = {key: record["machine"][key] for key in ("cpu", "gpu", "processes")}
+    return json.dumps([first_like(record["experiment"]), settings, record["data"], machine], sort_keys=True)
+
+
+def add(run: Path) -> None:
+    """Copy what metrics.json says of a run to RESULTS, under a name that tells experiment, settings and seed apart."""
+    try:
+        record = json.loads((run / "metrics.json").read_text())
+        name, epochs = record["experiment"], record["epochs"]
+        file = (
+            f"{name}-{hashlib.sha256(variant(record).encode()).hexdigest()[:6]}-seed{record['settings']['seed']}.json"
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"error: {run} is no folder of a run of train.py: {error!r}")
+    if not epochs:
+        sys.exit(f"error: {run} has not finished an epoch")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / file).write_text(json.dumps(record, indent=1) + "\n")
+    print(RESULTS / file)
+
+
+def percent(values: list[float]) -> str:
+    """The mean, and each, of several."""
+    each = [f"{value:.2%}".rstrip("%") for value in values]
+    return each[0] if len(each) == 1 else f"{statistics.mean(values):.2%}".rstrip("%") + f" ({', '.join(each)})"
+
+
+def duration(seconds: float) -> str:
+    for limit, unit, size in ((120, "s", 1), (7200, "min", 60), (float("inf"), "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.3g} {unit}"
+    raise AssertionError
+
+
+def hardware(machine: dict[str, Any]) -> str:
+    gpus = f"{machine['processes']} x " * (machine["processes"] > 1)
+    return gpus + (machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads")
+
+
+def row(name: str, runs: list[dict[str, Any]]) -> list[str]:
+    """Of the table, for one experiment and the runs that share it; none for one not run."""
+    experiment = EXPERIMENTS[name]
+    start = [f"{name}: {experiment.title}", experiment.reported or "-"]
+    if not runs:
+        reason = next(reason for pattern, reason in NOT_RUN.items() if fnmatch(name, pattern))
+        return [
+            *start,
+            reason,
+            "",
+            "",
+            "",
+            str(experiment.settings.steps),
+            "",
+            "",
+            f"`python examples/train.py {name}`",
+        ]
+    runs = sorted(runs, key=lambda run: run["settings"]["seed"])
+    settings, rows = runs[0]["settings"], [run["epochs"] for run in runs]
+    last = [epochs[-1]["test_accuracy"] for epochs in rows]
+    best = [max(epoch["test_accuracy"] for epoch in epochs) for epochs in rows]
+    seconds = [sum(epoch["train_seconds"] + epoch["test_seconds"] for epoch in epochs) for epochs in rows]
+    an_epoch = statistics.median(epoch["train_seconds"] for epochs in rows for epoch in epochs)
+    if name.startswith("speed-"):
+        ours, best_text = f"{an_epoch:.1f} s", ""
+    else:
+        ours, best_text = percent(last), percent(best)
+    done = sorted({len(epochs) for epochs in rows})
+    epochs = ", ".join(map(str, done)) + f" of {settings['epochs']}" * (done != [settings["epochs"]])
+    time = f"{duration(statistics.mean(seconds))}; {duration(an_epoch)} an epoch"
+    command = re.sub(r" --seed \d+", "", runs[0]["command"])
+    seeds = ", ".join(str(run["settings"]["seed"]) for run in runs)
+    command += f" --seed {seeds}" if seeds != "0" else ""
+    data = f"{runs[0]['data']['name']}, {runs[0]['data']['extent']}"
+    cells = [ours, best_text, data, epochs, str(settings["steps"]), time, hardware(runs[0]["machine"]), f"`{command}`"]
+    return [*start, *cells]
+
+
+INTRODUCTION = """
+# Results
+
+Written by `python examples/results.py` from the runs' own files in [examples/results/](../examples/results/).
+Test accuracy in %; after several seeds the mean, and each in brackets. [fig]: read off a plot. Where data lie elsewhere
+than in `data/`, commands need `--data-dir`; several seeds are several runs. What is behind each setting:
+`python examples/train.py EXPERIMENT --list`.
+"""
+HEADER = ("experiment", "paper", "ours, last epoch", "best epoch", "data", "epochs", "T", "time", "hardware", "command")
+
+
+def page() -> str:
+    groups: defaultdict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text())
+        groups[first_like(record["experiment"])][variant(record)].append(record)
+    lines = [INTRODUCTION.strip()]
+    for title in SECTIONS:
+        lines += ["", f"## {title}", "", f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
+        for name in EXPERIMENTS:
+            if section_of(name) == title:
+                lines += [f"| {' | '.join(row(name, runs))} |" for runs in groups[first_like(name)].values() or [[]]]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs to add")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
+    args = parser.parse_args()
+    if args.check:
+        if args.runs:
+            parser.error("--check adds no runs")
+        if not PAGE.exists() or PAGE.read_text() != page():
+            sys.exit(f"{PAGE} is out of date: python examples/results.py")
+        return
+    for run in args.runs:
+        add(run)
+    PAGE.write_text(page())
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
