@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -105,6 +106,29 @@ def train_step_targets() -> str:
     return lines
 
 
+def neunorm() -> str:
+    result = load("neunorm-cpu")
+    rows = []
+    for point in result["points"]:
+        every = math.prod(point["shape"])
+        rows.append(
+            [
+                " x ".join(map(str, point["shape"])),
+                point["dtype"],
+                point["pass"],
+                f"{1e9 * point['times']['NeuNormLIF']['median'] / every:.2f}",
+                *(times(ratio) for ratio in point["ratios"].values()),
+                f"{point['of_a_copy']:.0%}",
+            ]
+        )
+    head = ["T x B x C x H x W", "", "", "ns for each neuron and step", *result["points"][0]["ratios"], "of a copy"]
+    return about(result["machine"]) + table(head, rows)
+
+
+def neunorm_targets() -> str:
+    return targets(load("neunorm-cpu")["targets"])
+
+
 def memory() -> str:
     result = load("memory-cpu")
     rows = []
@@ -145,7 +169,10 @@ def kernels() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     figure.__name__: figure
-    for figure in (speed, speed_targets, train_step, train_step_targets, memory, overhead, kernels)
+    for figure in (
+        *(speed, speed_targets, train_step, train_step_targets, memory, overhead, kernels),
+        *(neunorm, neunorm_targets),
+    )
 }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import random
 import re
 import shutil
@@ -166,6 +167,20 @@ def test_memory(tmp_path: Path) -> None:
             assert point["growth"] == pytest.approx(point["kept"] - point["kept_input"] + point["spikes"], rel=0.2)
         assert point["peak"] is None or point["peak"] > point["growth"]
     assert written["not_measured"] == {"float32 spikingjelly-triton": "needs a CUDA GPU"}
+
+
+def test_neunorm(tmp_path: Path) -> None:
+    done = run("neunorm.py", "--device", "cpu", "--quick", "--seconds", 0.05, "--out", tmp_path)
+    written = result(done, tmp_path, "neunorm-cpu-quick", "neunorm-cpu-quick")
+    points = written["points"]
+    assert [(len(p["shape"]), p["pass"]) for p in points] == [(5, "fwd"), (5, "fwd+bwd")] * 2
+    for point in points:
+        fused = point["times"]["NeuNormLIF"]["median"]
+        assert point["ratios"]["LIFLayer + NeuNorm"] == point["times"]["LIFLayer + NeuNorm"]["median"] / fused
+        assert point["ratios"]["eager loop + NeuNorm"] > 1
+        assert point["moved_bytes"] == math.prod(point["shape"]) * (8 if point["pass"] == "fwd" else 20)
+    worst = min(p["ratios"]["LIFLayer + NeuNorm"] for p in points if p["pass"] == "fwd+bwd")
+    assert [met for target, met in written["targets"].items() if "each layer" in target] == [worst >= 2]
 
 
 def test_overhead(tmp_path: Path) -> None:
