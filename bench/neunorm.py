@@ -145,7 +145,7 @@ def picture(points: list[dict[str, Any]], machine: dict[str, Any]) -> Figure:
             bars = axis.barh(places, values, 0.25, label=label, color=colour)
             axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
         axis.set_yticks(range(len(shown)), [" x ".join(map(str, found["shape"])) for found in shown])
-        axis.set(title=name, xlabel="ns for each neuron and step", xscale="log")
+        axis.set(title=name, xlabel="ns for each neuron and step")
         axis.margins(x=0.15)
         axis.grid(alpha=0.3, axis="x")
     axes[0].set_ylabel("T x B x C x H x W")
