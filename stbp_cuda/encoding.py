@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .functional import check_steps
+
 __all__ = ["bernoulli", "direct", "event_frames"]
-
-
-def check_steps(steps: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps!r}")
 
 
 def _check_floating(name: str, x: Tensor) -> None:

@@ -14,7 +14,17 @@ from .surrogate import SURROGATES, Surrogate, resolve_surrogate
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Checked", "check_norm", "check_options", "lif", "neunorm", "neunorm_lif", "run", "run_neunorm"]
+__all__ = [
+    "Checked",
+    "check_norm",
+    "check_options",
+    "check_steps",
+    "lif",
+    "neunorm",
+    "neunorm_lif",
+    "run",
+    "run_neunorm",
+]
 
 BACKENDS = ("auto", "fused", "reference")
 RESETS = ("hard", "soft")
@@ -38,8 +48,9 @@ def _check_decay(name: str, value: object) -> None:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
-def _check_steps(steps: object) -> None:
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+def check_steps(steps: object) -> None:
+    """Raise if a number of time steps is none."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
 
 
@@ -79,7 +90,8 @@ def check_options(
         raise ValueError(f"v_threshold must lie above {at_rest}, got v_threshold={v_threshold}, v_reset={v_reset}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    _check_steps(steps)
+    if steps is not None:
+        check_steps(steps)
     options: dict[str, Any] = {
         "decay": decay,
         "v_threshold": v_threshold,
@@ -364,8 +376,9 @@ def neunorm(
         ValueError: an option is out of range, or a shape or device does not fit.
     """
     check_norm(0.0 if isinstance(decay, Tensor) else decay, scaling, "decay")
-    _check_steps(steps)
     folded = steps is not None
+    if folded:
+        check_steps(steps)
     steps = _check_input(spikes, steps, "spikes")
     _check_weight(weight, spikes, folded, "spikes")
     result = reference.neunorm(_unfolded(spikes, steps, folded), weight, decay=decay, squared=scaling == "1/F^2")
@@ -392,7 +405,8 @@ def neunorm_lif(
         weight: the trainable ``U [C, H, W]``.
         decay, norm_decay: the leaks of potential and auxiliary map, in [0, 1] (``k_tau1`` and ``k_tau2`` of
             arXiv:1809.05793). Floats, or tensors of one number each, which can then be learned and are not checked.
-        v_threshold, surrogate, smooth, others: as in :func:`lif`.
+        v_threshold, surrogate, smooth, others: as in :func:`lif`. ``spatial_only`` cuts the gradient along the
+            potentials, not that along the auxiliary map.
         scaling: as in :func:`neunorm`.
 
     Returns:

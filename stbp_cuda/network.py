@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import encoding
+from .functional import check_steps
 from .layers import LIFLayer, NeuNormLIF
 from .modules import Dropout, Voting, fold_time
 from .surrogate import Surrogate
@@ -263,7 +264,7 @@ def network(
     if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(f"input_shape must be a tuple of positive integers such as (1, 28, 28), got {input_shape!r}")
     if steps is not None:
-        encoding.check_steps(steps)
+        check_steps(steps)
     for name, number in (("classes", 10 if classes is None else classes), ("voters", voters)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} must be a positive integer, got {number!r}")
