@@ -59,7 +59,6 @@ cases = st.builds(
     v_reset=st.sampled_from([0.0, 0.125, -0.3]),
     width=st.sampled_from([0.3, 1.0, 4.0]),
     strict=st.booleans(),
-    spatial_only=st.sampled_from([False, False, True]),
     initial=st.booleans(),
     final=st.booleans(),
     ties=st.booleans(),
@@ -173,6 +172,25 @@ def test_agrees_with_the_reference(
     assert_gradients_agree("dL/dx", grad_x, expected[2], surrogate)
     if initial is not None:
         assert_gradients_agree("dL/dv[0]", grad_initial, expected[3], surrogate)
+
+
+@every_surrogate
+@every_reset
+@every_dtype
+@given(case=cases)
+def test_spatial_only_agrees_with_the_reference(
+    case: Case, surrogate: str, reset: str, dtype: torch.dtype, device: str
+) -> None:
+    options = {"surrogate": surrogate, "reset": reset, "detach_reset": False}
+    case = dataclasses.replace(case, spatial_only=True)
+    x, initial, gradient, last = random_tensors(case, dtype, device)
+    spikes, potential, grad_x, grad_initial = run(case, (x, initial, gradient, last), backend="fused", **options)
+    wide = ops.state_dtype(dtype)
+    expected = run(case, (x.to(wide), initial, gradient.to(wide), last), backend="reference", **options)
+    assert torch.equal(spikes.to(wide), expected[0])
+    assert torch.equal(potential, expected[1])
+    assert_gradients_agree("dL/dx", grad_x, expected[2], surrogate)
+    assert grad_initial is None or not grad_initial.any()
 
 
 @every_surrogate
