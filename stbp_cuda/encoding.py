@@ -115,7 +115,7 @@ def event_frames(events: Any, sensor_size: Sequence[int], time_window: int, step
     if (times[1:] < times[:-1]).any():
         raise ValueError("events must be in the order of their times t")
     try:
-        from tonic.transforms import ToFrame  # type: ignore[import-untyped]
+        from tonic.transforms import ToFrame
     except ImportError as error:
         raise ImportError("event_frames needs tonic: pip install tonic") from error
     # Start and end together make exactly `steps` windows. Without an end, tonic would end at the last event: it leaves
