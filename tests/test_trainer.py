@@ -200,7 +200,9 @@ class Runs:
     def __enter__(self) -> "Runs":
         environment = {**os.environ, "PYTHONPATH": str(EXAMPLES)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.server = subprocess.Popen([sys.executable, "-c", FORKS], text=True, env=environment, **pipes)
+        # Not in the root of a clone, where Python would find the sources before the installed package.
+        command = [sys.executable, "-c", FORKS]
+        self.server = subprocess.Popen(command, text=True, cwd=EXAMPLES, env=environment, **pipes)
         return self
 
     def __exit__(self, *_: object) -> None:
