@@ -19,8 +19,7 @@ constexpr int kBlock = 64;
 // The most bytes of State in a strip of positions: memory likes long rows.
 constexpr int kNeuNormStrip = 1024;
 
-// K of the neurons with normalisation: the gradients of a chunk of all features are read twice, and stay in the L2
-// cache.
+// K of the neurons with normalisation. The potentials of a chunk of all features of a strip stay in the L2 cache.
 constexpr int kNeuNormChunk = 16;
 
 // What one thread does at once of the neurons with normalisation: a strip of positions, whole vectors of them but in
@@ -49,7 +48,7 @@ struct NeuNormPlan {
 // the gradients of both, and for each step of a chunk the potentials and, where decays are learned, those after the
 // step before.
 constexpr int64_t kNeuNormForwardRows = 3;
-inline int64_t neunorm_backward_rows(int64_t steps, bool decays) {
+STBP_FN int64_t neunorm_backward_rows(int64_t steps, bool decays) {
   return 4 + (steps < kNeuNormChunk ? steps : kNeuNormChunk) * (decays ? 2 : 1);
 }
 
