@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,20 @@ def test_the_binary_needs_only_stable_symbols(tmp_path: Path) -> None:
     assert re.findall(r" U ((?:at|c10|torch)::.*)", needed) == []
     defined = run("nm", "--dynamic", "--defined-only", binary, cwd=tmp_path)
     assert re.findall(r" T (\S+)", defined) == ["PyInit__C"]
+
+
+def test_default_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each generation, of those that nvcc knows, and the newest also for what comes after."""
+    nvcc = tmp_path / "nvcc"
+    known = "compute_50 compute_75 compute_80 compute_86 compute_89 compute_90 compute_100 compute_103 compute_121"
+    nvcc.write_text(f"#!/bin/sh\nprintf '%s\\n' {known}\n")
+    nvcc.chmod(0o755)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # no nvidia-smi
+    architectures = runpy.run_path(str(ROOT / "setup.py"))["architectures"]
+    assert architectures(nvcc) == ["7.5", "8.0", "9.0", "10.0", "12.1+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0+PTX")
+    assert architectures(nvcc) == ["8.6", "9.0+PTX"]
 
 
 INSTRUCTION_SETS = {"default": "portable", "avx2": "AVX2", "avx512": "AVX-512"}
