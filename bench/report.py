@@ -28,7 +28,8 @@ class NotMeasuredError(Exception):
 def load(name: str) -> dict[str, Any]:
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        raise NotMeasuredError(f"Not measured yet: `python bench/{name.removesuffix('-cpu')}.py`.")
+        script, *study, _ = name.split("-")
+        raise NotMeasuredError(f"Not measured yet: `python bench/{' --study '.join([f'{script}.py', *study])}`.")
     return json.loads(path.read_text())
 
 
@@ -90,7 +91,7 @@ def train_step() -> str:
                 f"{1e3 * point['median']:,.0f}",
                 f"{point['neurons_share']:.0%}",
                 times(point["ratio"]),
-                f"{point['peak'] / 2**20:,.0f}" if point["peak"] else "not known",
+                mebibytes(point["peak"]),
             ]
         )
     head = ["network", "", "malloc", "ms a step", "of it neurons", "of ours", "peak MiB"]
@@ -104,6 +105,48 @@ def train_step_targets() -> str:
         lines += f"- {word}: {target}, both with malloc told to keep its memory: {seen['ratio']:.2f} x"
         lines += f" ({seen['to_its_default']:.2f} x if only ours is)\n" if seen["to_its_default"] else "\n"
     return lines
+
+
+def pairs(points: list[dict[str, Any]], *keys: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Ours and the per-step loop's, of all points with the same ``keys``."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for point in points:
+        found.setdefault(tuple(point[key] for key in keys), {})[point["name"]] = point
+    return [(each["ours"], each["loop"]) for each in found.values()]
+
+
+def mebibytes(peak: int | None) -> str:
+    return f"{peak / 2**20:,.0f}" if peak else "not known"
+
+
+def train_step_speed() -> str:
+    result = load("train_step-speed-cpu")
+    rows = []
+    for ours, loop in pairs(result["points"], "network"):
+        data_set, size = ours["network"].split("-")
+        of_paper = " and ".join(f"{seconds:,g}" for seconds in ours["reported_seconds_per_epoch"])
+        rows.append(
+            [
+                f"{data_set} {size.upper()}, T {ours['steps']}, batch {ours['batch']}",
+                *(f"{point['seconds_per_epoch']:,.0f}" for point in (ours, loop)),
+                times(loop["ratio"]),
+                *(mebibytes(point["peak"]) for point in (ours, loop)),
+                of_paper,
+            ]
+        )
+    head = ["network", "s an epoch", "the loop's", "of ours", "peak MiB", "the loop's", "paper: PyTorch and MATLAB"]
+    return about(result["machine"]) + table(head, rows)
+
+
+def train_step_growth() -> str:
+    result = load("train_step-growth-cpu")
+    rows = []
+    for ours, loop in pairs(result["growth"], "of"):
+        what = {"steps": "T", "batch": "the batch", "width": "the width"}[ours["of"]]
+        factors = [times(line["time"]) for line in (ours, loop)]
+        factors += [times(line["peak"]) if line["peak"] else "not known" for line in (ours, loop)]
+        rows.append([f"{what} from {ours['from']:g} to {ours['to']:g}", times(ours["to"] / ours["from"]), *factors])
+    return about(result["machine"]) + table(["", "grows", "time", "the loop's", "peak", "the loop's"], rows)
 
 
 def neunorm() -> str:
@@ -171,7 +214,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     figure.__name__: figure
     for figure in (
         *(speed, speed_targets, train_step, train_step_targets, memory, overhead, kernels),
-        *(neunorm, neunorm_targets),
+        *(train_step_speed, train_step_growth, neunorm, neunorm_targets),
     )
 }
 

@@ -1,8 +1,10 @@
 """How long one training step of the papers' networks takes, the neurons' share of it, and how much memory it needs.
 
-    python bench/train_step.py            all networks, on the GPU if there is one
-    python bench/train_step.py --quick    fewer steps and samples
-    python bench/train_step.py --help     everything else
+    python bench/train_step.py                   all contestants, on the GPU if there is one
+    python bench/train_step.py --study speed     the networks S, M and L of arXiv:1809.05793, Fig. 4, against the loop
+    python bench/train_step.py --study growth    how time and memory of its smallest grow with T, batch and width
+    python bench/train_step.py --quick           fewer steps and samples
+    python bench/train_step.py --help            everything else
 
 A step is zero_grad, forward, the squared error of the firing rates, backward, and SGD. The networks are 784-800-10 and
 15C5-P2-40C5-P2-300-10 of arXiv:1706.02609 on random spikes, and CIFARNet of arXiv:1809.05793 on random images, whose
@@ -13,12 +15,18 @@ and the output says how many.
 The neurons' share is what a step takes beyond the same step without neurons. The peak is that of a step in a fresh
 process, beside weights and input. On Linux every measurement is also made with the settings of malloc that the README
 recommends, for all contestants. Prints a table, writes train_step-<device>.json and .png.
+
+The two studies take these settings alone, and of the contestants ours and the per-step loop, the authors' way. Speed
+has T = 10 and batches of 20, as there, and says how long an epoch of the data set's training samples would take. The
+input is random in place of the data: the time does not depend on it. They write train_step-<study>-<device>.json and
+.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +37,7 @@ from typing import Any
 import harness
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from rivals import Spike, load
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -53,6 +62,9 @@ class Network:
         padding: of the convolutions.
         direct: whether the input is a real-valued image, the same in every step, and not spikes.
         voters: output neurons for each of the ten classes.
+        width: times as many maps and hidden neurons as ``layers`` says.
+        samples: for training, in its data set.
+        reported: seconds an epoch in arXiv:1809.05793, Fig. 4, read off the plot: PyTorch and MATLAB on a GTX 1060.
     """
 
     input: tuple[int, ...]
@@ -64,23 +76,27 @@ class Network:
     padding: int = 0
     direct: bool = False
     voters: int = 1
+    width: float = 1
+    samples: int = 0
+    reported: tuple[float, float] | None = None
 
     def modules(self) -> list[nn.Module]:
         """What stands between the neurons, with random weights."""
         shape = torch.zeros(1, *self.input)
         modules: list[nn.Module] = []
-        for layer in self.layers.split("-"):
+        *hidden, last = self.layers.split("-")
+        for layer in (*hidden, last):
             module: nn.Module
             if "C" in layer:
                 maps, size = map(int, layer.split("C"))
-                module = nn.Conv2d(shape.shape[1], maps, size, padding=self.padding)
+                module = nn.Conv2d(shape.shape[1], round(self.width * maps), size, padding=self.padding)
             elif layer.startswith("P"):
                 module = nn.AvgPool2d(int(layer[1:]))
             else:
                 if shape.dim() > 2:
                     modules.append(nn.Flatten())
                     shape = shape.flatten(1)
-                module = nn.Linear(shape.shape[1], int(layer))
+                module = nn.Linear(shape.shape[1], int(layer) if layer is last else round(self.width * int(layer)))
             modules.append(module)
             shape = module(shape)
         return modules
@@ -102,6 +118,33 @@ NETWORKS = {
     ),
 }
 QUICK = {"mlp": (10, 50), "mnist-cnn": (10, 20), "cifarnet": (2, 1)}  # T and batch
+
+
+def speed_networks() -> dict[str, Network]:
+    """S, M and L for each data set of arXiv:1809.05793, Fig. 4."""
+    events = (
+        "128C3-P2-128C3-P2-512-100",
+        "128C3-128C3-P2-256C3-P2-1024-100",
+        "128C3-128C3-P2-384C3-384C3-P2-1024-512-100",
+    )
+    images = ("128C3-P2-256C3-P2-256-100", "128C3-P2-256C3-512C3-P2-512-100", NETWORKS["cifarnet"].layers)
+    like_cifarnet = partial(dataclasses.replace, NETWORKS["cifarnet"], steps=10, batch=20)
+    networks = {}
+    for data_set, layers, reported, settings in (
+        ("nmnist", events, ((22, 1030), (36, 1600), (101, 4060)), {"input": (2, 34, 34), "samples": 60_000}),
+        ("dvscifar10", events, ((4.5, 443), (6.4, 602), (10.7, 1100)), {"input": (2, 42, 42), "samples": 8_000}),
+        ("cifar10", images, ((29, 742), (39, 1380), (60, 2670)), {"samples": 50_000}),
+    ):
+        if layers is events:
+            settings |= {"direct": False, "decay": 0.3 if data_set == "nmnist" else 0.35, "v_threshold": 0.05}
+        for size, of_size, seconds in zip("sml", layers, reported, strict=True):
+            networks[f"{data_set}-{size}"] = like_cifarnet(**settings, layers=of_size, reported=seconds)
+    return networks
+
+
+SPEED = speed_networks()
+GROWTH = "nmnist-s"
+GROWS = {"steps": (1, 2, 5, 10, 20, 40), "batch": (1, 2, 5, 10, 20, 40), "width": (0.25, 0.5, 1, 2)}
 
 
 def fitting_batch(network: Network, device: torch.device) -> int:
@@ -354,9 +397,9 @@ def check(name: str, found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tenso
 
 
 def time_all(
-    network: Network, names: list[str], seconds: float, device: str, threads: int
+    network: Network, names: list[str], share: bool, seconds: float, device: str, threads: int
 ) -> dict[str, dict[str, Any]]:
-    """Time, and time without neurons, of every contestant; to be run in a fresh process."""
+    """Time, and for the neurons' ``share`` time without neurons, of every contestant; to be run in a fresh process."""
     torch.set_num_threads(threads)
     at = torch.device(device)
     x, y = data(network, at)
@@ -365,14 +408,16 @@ def time_all(
     differences = {name: check(name, results(name, network, state, x, y), expected) for name in names}
     runs: dict[str, Callable[[], object]] = {}
     for name in names:
-        for neurons in (True, False):
+        for neurons in (True, False) if share else (True,):
             runs[f"{name} {neurons}"] = train(make(name, network, state, at, neurons), x, y)
     times = harness.measure(runs, seconds * len(runs), at)
     found = {}
     for name in names:
-        whole, rest = times[f"{name} True"], times[f"{name} False"]
-        share = max(0.0, 1 - rest["median"] / whole["median"])
-        found[name] = {**whole, "without_neurons": rest, "neurons_share": share, "different": differences[name]}
+        found[name] = {**times[f"{name} True"], "different": differences[name]}
+        if share:
+            rest = times[f"{name} False"]
+            part = max(0.0, 1 - rest["median"] / found[name]["median"])
+            found[name] |= {"without_neurons": rest, "neurons_share": part}
     return found
 
 
@@ -382,7 +427,7 @@ def peak(network: Network, name: str, device: str, threads: int) -> int | None:
     at = torch.device(device)
     x, y = data(network, at)
     state = weights(network, x)
-    small = Network(**{**vars(network), "batch": 1})
+    small = dataclasses.replace(network, batch=1)
     few = x[:1] if network.direct else x[:, :1]
     train(make(name, small, state, at), few.contiguous(), y[:1])()
     step = train(make(name, network, state, at), x, y)
@@ -406,15 +451,17 @@ def environment(settings: dict[str, str]) -> Iterator[None]:
 
 def row(point: dict[str, Any]) -> str:
     low, high = (f"{1e3 * seconds:,.1f}" for seconds in point["quartiles"])
-    text = f"{point['network']:<10} {point['malloc']:<8} {point['label']:<26}{1e3 * point['median']:>10,.1f}  "
+    text = f"{point['network']:<13}{point['steps']:>3}{point['batch']:>6}{point['width']:>6g}  {point['malloc']:<8} "
+    text += f"{point['label']:<26}{1e3 * point['median']:>10,.1f}  {f'{low}-{high}':<20}{point['ratio']:>6.2f} x"
     memory = "not known" if point["peak"] is None else f"{point['peak'] / 2**20:,.0f}"
-    text += f"{f'{low}-{high}':<20}{point['ratio']:>6.2f} x{point['neurons_share']:>9.0%}{memory:>11}"
-    return text + f"{point['samples_per_second']:>11,.0f}{point['different']['rates']:>9.2%}"
+    share = f"{point['neurons_share']:.0%}" if "neurons_share" in point else ""
+    text += f"{share:>9}{memory:>11}{point['samples_per_second']:>11,.0f}{point['different']['rates']:>9.2%}"
+    return text + (f"{point['seconds_per_epoch']:>11,.0f}" if "seconds_per_epoch" in point else "")
 
 
 HEADER = (
-    f"{'network':<10} {'malloc':<8} {'':<26}{'ms':>10}  {'25-75 %':<20}{'of ours':>8}{'neurons':>9}{'peak MiB':>11}"
-    f"{'samples/s':>11}{'differ':>9}"
+    f"{'network':<13}{'T':>3}{'batch':>6}{'width':>6}  {'malloc':<8} {'':<26}{'ms':>10}  {'25-75 %':<20}{'of ours':>8}"
+    f"{'neurons':>9}{'peak MiB':>11}{'samples/s':>11}{'differ':>9}{'s/epoch':>11}"
 )
 
 
@@ -465,41 +512,123 @@ def picture(points: list[dict[str, Any]], machine: dict[str, Any]) -> Figure:
     return figure
 
 
+def speed_picture(points: list[dict[str, Any]], machine: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(13, 4.5), dpi=120, layout="constrained")
+    figure.suptitle(f"An epoch of the networks S, M, L, T = {points[0]['steps']}, on {harness.where(machine)}")
+    data_sets = dict.fromkeys(p["network"].partition("-")[0] for p in points)
+    for axis, data_set in zip(figure.subplots(1, len(data_sets), squeeze=False)[0], data_sets, strict=True):
+        shown = [p for p in points if p["network"].startswith(f"{data_set}-")]
+        networks = list(dict.fromkeys(p["network"] for p in shown))
+        names = list(dict.fromkeys(p["name"] for p in shown))
+        for p in shown:
+            x = networks.index(p["network"]) + (names.index(p["name"]) - (len(names) - 1) / 2) / (len(names) + 1)
+            label = p["label"] if p["network"] == networks[0] else None
+            axis.bar(x, p["seconds_per_epoch"], 0.9 / (len(names) + 1), color=COLOURS[p["name"]], label=label)
+            axis.annotate(f"{p['seconds_per_epoch']:,.0f}", (x, p["seconds_per_epoch"]), ha="center", va="bottom")
+        axis.set(title=f"{data_set}, {SPEED[networks[0]].samples:,} samples", ylabel="s an epoch")
+        axis.set_xticks(range(len(networks)), [network.rpartition("-")[2].upper() for network in networks])
+        axis.margins(y=0.1)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def growing(points: list[dict[str, Any]], grows: str, name: str) -> list[dict[str, Any]]:
+    """Those of one contestant in which only ``grows`` differs, from the least to the most."""
+    return sorted((p for p in points if grows in p["grows"] and p["name"] == name), key=lambda p: p[grows])
+
+
+def growth_picture(points: list[dict[str, Any]], machine: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(13, 7.5), dpi=120, layout="constrained")
+    figure.suptitle(f"One training step of {GROWTH} on {harness.where(machine)}")
+    labels = {"steps": "T", "batch": "batch", "width": "width, as a factor"}
+    for (times, memory), grows in zip(figure.subplots(2, len(GROWS)).T, GROWS, strict=True):
+        for name in dict.fromkeys(p["name"] for p in points):
+            shown = growing(points, grows, name)
+            style = {"color": COLOURS[name], "marker": "o", "label": CONTESTANTS[name][0]}
+            times.plot([p[grows] for p in shown], [1e3 * p["median"] for p in shown], **style)
+            if all(p["peak"] is not None for p in shown):
+                memory.plot([p[grows] for p in shown], [p["peak"] / 2**20 for p in shown], **style)
+        for axis, what in (times, "ms"), (memory, "peak, MiB"):
+            axis.set(xscale="log", yscale="log", xlabel=labels[grows], ylabel=what)
+            axis.set_xticks(GROWS[grows], [f"{value:g}" for value in GROWS[grows]])
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
+    return figure
+
+
+def growth(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The factors by which time and peak grow from the least to the most of each."""
+    found = []
+    for grows in GROWS:
+        for name in dict.fromkeys(p["name"] for p in points):
+            least, *_, most = growing(points, grows, name)
+            found.append(
+                {
+                    "of": grows,
+                    "name": name,
+                    "label": CONTESTANTS[name][0],
+                    "from": least[grows],
+                    "to": most[grows],
+                    "time": most["median"] / least["median"],
+                    "peak": most["peak"] / least["peak"] if least["peak"] and most["peak"] else None,
+                }
+            )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     harness.add_arguments(parser, seconds=2.0, quick_seconds=0.2)
+    everything = {**NETWORKS, **SPEED}
     add = parser.add_argument
-    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME", help=", ".join(NETWORKS))
-    add("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
+    add("--study", choices=("speed", "growth"), help="in place of the comparison of all contestants")
+    add("--networks", nargs="+", choices=everything, metavar="NAME", help=", ".join(everything))
+    add("--contestants", nargs="+", choices=CONTESTANTS, metavar="NAME", help=", ".join(CONTESTANTS))
     add("--steps", type=harness.positive(int), metavar="T", help="in place of the network's")
     add("--batch", type=harness.positive(int), help="in place of the network's")
-    add("--malloc", nargs="+", choices=MALLOC, help="default: both on a CPU under Linux, else only default")
+    add(
+        "--malloc", nargs="+", choices=MALLOC, help="default: both on a CPU under Linux, keep for a study; else default"
+    )
     args = parser.parse_args()
     device = harness.prepare(parser, args)
     on_linux_cpu = device.type == "cpu" and sys.platform == "linux"
-    modes = args.malloc or (list(MALLOC) if on_linux_cpu else ["default"])
-    problems = {name: why for name in args.contestants if (why := problem(name))}
+    modes = args.malloc or ((["keep"] if args.study else list(MALLOC)) if on_linux_cpu else ["default"])
+    wanted = args.contestants or (["ours", "loop"] if args.study else list(CONTESTANTS))
+    problems = {name: why for name in wanted if (why := problem(name))}
     for name, why in problems.items():
         print(f"left out: {CONTESTANTS[name][0]}: {why}")
-    names = ["ours", *(name for name in args.contestants if name not in problems and name != "ours")]
+    names = ["ours", *(name for name in wanted if name not in problems and name != "ours")]
+
+    # The networks, and what grows in each of them.
+    tasks: dict[tuple[str, Network], list[str]] = {}
+    for name in args.networks or ([GROWTH] if args.study == "growth" else SPEED if args.study else NETWORKS):
+        network = everything[name]
+        if name == "cifarnet" and device.type == "cuda":
+            network = dataclasses.replace(network, batch=fitting_batch(network, device))
+        steps, batch = QUICK.get(name, (4, 2)) if args.quick else (network.steps, network.batch)
+        network = dataclasses.replace(network, steps=args.steps or steps, batch=args.batch or batch)
+        if args.study == "growth":
+            for grows, values in GROWS.items():
+                for value in values[:3] if args.quick else values:
+                    tasks.setdefault((name, dataclasses.replace(network, **{grows: value})), []).append(grows)
+        else:
+            tasks[name, network] = []
 
     machine = harness.describe(device)
     points: list[dict[str, Any]] = []
     print(HEADER)
-    with tqdm(total=len(args.networks) * len(modes), disable=None) as bar:
-        for network_name in args.networks:
-            network = NETWORKS[network_name]
-            steps, batch = QUICK[network_name] if args.quick else (network.steps, network.batch)
-            if device.type == "cuda" and network_name == "cifarnet":
-                batch = fitting_batch(network, device)
-            network = Network(**{**vars(network), "steps": args.steps or steps, "batch": args.batch or batch})
+    with tqdm(total=len(tasks) * len(modes), disable=None) as bar:
+        for (network_name, network), grows in tasks.items():
             # Channels last are something for images.
             able = [name for name in names if name != "ours-channels-last" or len(network.input) == 3]
             for mode in modes:
                 bar.set_description(f"{network_name}, malloc {mode}")
                 with environment(MALLOC[mode]):
                     shared = (args.device, torch.get_num_threads())
-                    times = harness.in_fresh_process(time_all, network, able, args.seconds, *shared)
+                    times = harness.in_fresh_process(time_all, network, able, not args.study, args.seconds, *shared)
                     peaks = {name: harness.in_fresh_process(peak, network, name, *shared) for name in able}
                 fastest = min(times[name]["median"] for name in OURS if name in times)
                 for name in able:
@@ -508,6 +637,7 @@ def main() -> None:
                         "layers": network.layers,
                         "steps": network.steps,
                         "batch": network.batch,
+                        "width": network.width,
                         "malloc": mode,
                         "name": name,
                         "label": CONTESTANTS[name][0],
@@ -516,18 +646,34 @@ def main() -> None:
                         "peak": peaks[name],
                         **times[name],
                     }
+                    if args.study == "growth":
+                        point["grows"] = grows
+                    if args.study == "speed" and network.samples:
+                        point["seconds_per_epoch"] = network.samples / point["samples_per_second"]
+                        point["reported_seconds_per_epoch"] = network.reported
                     points.append(point)
                     bar.write(row(point))
                 bar.update()
-    targets = summarise(points)
-    for target, seen in targets.items():
-        other = f" ({seen['to_its_default']:.2f} x if only ours is)" if seen["to_its_default"] else ""
-        word = "met" if seen["met"] else "NOT MET"
-        print(f"{word:<9}{target}, both with malloc told to keep its memory: {seen['ratio']:.2f} x{other}")
-    name = f"train_step-{device.type}{'-quick' if args.quick else ''}"
-    result = {"machine": machine, "malloc": MALLOC, "targets": targets, "points": points}
+    name = "-".join(filter(None, ("train_step", args.study, device.type, "quick" if args.quick else "")))
+    result: dict[str, Any] = {"machine": machine, "malloc": MALLOC, "points": points}
+    if args.study == "speed":
+        figure = speed_picture(points, machine)
+    elif args.study == "growth":
+        figure = growth_picture(points, machine)
+        result["growth"] = growth(points)
+        for seen in result["growth"]:
+            memory = "not known" if seen["peak"] is None else f"{seen['peak']:.2f} x"
+            change = f"{seen['of']} {seen['from']:g} to {seen['to']:g}"
+            print(f"{change:<18}{seen['label']:<26}time {seen['time']:.2f} x, peak {memory}")
+    else:
+        figure = picture(points, machine)
+        result["targets"] = summarise(points)
+        for target, seen in result["targets"].items():
+            other = f" ({seen['to_its_default']:.2f} x if only ours is)" if seen["to_its_default"] else ""
+            word = "met" if seen["met"] else "NOT MET"
+            print(f"{word:<9}{target}, both with malloc told to keep its memory: {seen['ratio']:.2f} x{other}")
     harness.write_json(args.out / f"{name}.json", result)
-    harness.save(picture(points, machine), args.out / f"{name}.png")
+    harness.save(figure, args.out / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import rivals
 import speed
 import torch
 import train_step
+from experiments import EXPERIMENTS
 
 import stbp_cuda
 
@@ -235,6 +236,47 @@ def test_every_network_is_that_of_the_paper(network: str) -> None:
     }
     modules = train_step.NETWORKS[network].modules()
     assert sum(p.numel() for module in modules for p in module.parameters()) == parameters[network]
+
+
+@pytest.mark.parametrize("network", train_step.SPEED)
+def test_speed_networks_are_those_of_the_experiments(network: str) -> None:
+    """The same strings stand in examples/experiments.py; the settings that time depends on, too."""
+    speed, settings = train_step.SPEED[network], EXPERIMENTS[f"speed-{network}"].settings
+    built = stbp_cuda.network(settings.network, input_shape=speed.input)
+    counted = sum(p.numel() for module in speed.modules() for p in module.parameters())
+    assert counted == sum(p.numel() for p in built.parameters())
+    assert (speed.steps, speed.batch) == (settings.steps, settings.batch_size)
+    assert (speed.decay, speed.v_threshold) == (settings.decay, settings.v_threshold)
+    assert speed.direct == (settings.encoding == "direct")
+
+
+@pytest.mark.parametrize("study", ["speed", "growth"])
+def test_studies(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which is faster; and on a small network."""
+    monkeypatch.setattr(train_step.harness, "in_fresh_process", lambda function, *args: function(*args))
+    monkeypatch.setitem(
+        train_step.SPEED, "nmnist-s", dataclasses.replace(train_step.SPEED["nmnist-s"], layers="4C3-P2-8C3-P2-8-100")
+    )
+    options = ["--device", "cpu", "--threads", torch.get_num_threads(), "--networks", "nmnist-s", "--quick"]
+    options += ["--seconds", 0.01, "--out", tmp_path, "--study", study]
+    monkeypatch.setattr(sys, "argv", ["train_step.py", *map(str, options)])
+    train_step.main()
+    assert matplotlib.image.imread(tmp_path / f"train_step-{study}-cpu-quick.png").std() > 0.05
+    written = json.loads((tmp_path / f"train_step-{study}-cpu-quick.json").read_text())
+    assert {point["name"] for point in written["points"]} == {"ours", "loop"}
+    if study == "speed":
+        for point in written["points"]:
+            assert point["seconds_per_epoch"] == pytest.approx(60_000 / point["batch"] * point["median"])
+            assert point["reported_seconds_per_epoch"] == [22, 1030]
+        return
+    assert len(written["points"]) == 2 * (3 + 3 + 2)  # the network of batch 2 is that of width 1
+    lines = {(line["of"], line["name"]): line for line in written["growth"]}
+    for grows, least, most in ("steps", 1, 5), ("batch", 1, 5), ("width", 0.25, 1):
+        for name in "ours", "loop":
+            line = lines[grows, name]
+            ends = [p["median"] for p in written["points"] if p["name"] == name and grows in p["grows"]]
+            assert (line["from"], line["to"]) == (least, most)
+            assert line["time"] in [b / a for a in ends for b in ends]
 
 
 def test_train_step_sees_another_neuron() -> None:

@@ -1,36 +1,31 @@
 """The data sets of examples/, from small files in their real formats."""
 
+import dataclasses
 import importlib
 import io
 import os
 import pickle
 import shutil
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import experiments
 import numpy as np
 import pytest
 import torch
 
-EXAMPLES = str(Path(__file__).parent.parent / "examples")
 DATA = os.environ.get("STBP_CUDA_DATA", "")
 real_data = pytest.mark.skipif(not DATA, reason="STBP_CUDA_DATA names no folder with data")
 
 
 @pytest.fixture(scope="module")
 def data() -> Any:
-    if EXAMPLES not in sys.path:
-        sys.path.append(EXAMPLES)
     return importlib.import_module("data")
 
 
 def settings(experiment: str, **other: Any) -> Any:
-    if EXAMPLES not in sys.path:
-        sys.path.append(EXAMPLES)
-    experiments = importlib.import_module("experiments")
-    return importlib.import_module("dataclasses").replace(experiments.EXPERIMENTS[experiment].settings, **other)
+    return dataclasses.replace(experiments.EXPERIMENTS[experiment].settings, **other)
 
 
 def idx(array: np.ndarray[Any, Any]) -> bytes:

@@ -1,5 +1,6 @@
 """The examples as their users run them: from the command line, in a folder of their own."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -9,22 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import data
+import evaluate
 import matplotlib.image
 import numpy as np
 import pytest
+import results
 import torch
+import train
+import trainer
+from experiments import EXPERIMENTS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-
-
-def example(name: str) -> Any:
-    if str(EXAMPLES) not in sys.path:
-        sys.path.append(str(EXAMPLES))
-    return importlib.import_module(name)
-
-
-EXPERIMENTS = example("experiments").EXPERIMENTS
 
 
 def run(folder: Path, *arguments: str, script: str = "train.py") -> subprocess.CompletedProcess[str]:
@@ -32,7 +30,7 @@ def run(folder: Path, *arguments: str, script: str = "train.py") -> subprocess.C
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def train(folder: Path, *arguments: str) -> tuple[Path, dict[str, Any]]:
+def run_to_the_end(folder: Path, *arguments: str) -> tuple[Path, dict[str, Any]]:
     """The folder of a run that must succeed, and its metrics."""
     before = set(folder.glob("runs/*/*"))
     done = run(folder, *arguments)
@@ -50,13 +48,13 @@ def train_here(patch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> dict
         changed.chdir(folder)
         name = f"run-{len(list(folder.iterdir()))}"
         changed.setattr(sys, "argv", ["train.py", "--epochs", "3", "--run-dir", name, *arguments])
-        example("train").main()
+        train.main()
     return json.loads((folder / name / "metrics.json").read_text())
 
 
 def test_the_main_job(tmp_path: Path) -> None:
     """Without any argument: at least 96 % on the digits in under a minute, and everything that it promises."""
-    results, metrics = train(tmp_path)
+    results, metrics = run_to_the_end(tmp_path)
     assert results.parent == tmp_path / "runs" / "digits"
     assert metrics["epochs"][-1]["test_accuracy"] >= 0.96
     assert sum(row["train_seconds"] for row in metrics["epochs"]) < 60
@@ -108,7 +106,7 @@ def test_every_backend_gives_the_same_curve(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.skipif("STBP_CUDA_DATA" not in os.environ, reason="STBP_CUDA_DATA names no folder with MNIST/raw")
 def test_mnist(tmp_path: Path) -> None:
     """The network 784-800-10 of the paper: at least 97 % after an epoch on the real images."""
-    _, metrics = train(tmp_path, "mnist-mlp", "--data-dir", os.environ["STBP_CUDA_DATA"], "--epochs", "1")
+    _, metrics = run_to_the_end(tmp_path, "mnist-mlp", "--data-dir", os.environ["STBP_CUDA_DATA"], "--epochs", "1")
     assert metrics["data"]["extent"] == "all of it: 60,000 to train with, 10,000 to test"
     assert metrics["epochs"][0]["test_accuracy"] >= 0.97
     assert metrics["command"] == "python examples/train.py mnist-mlp --epochs 1"
@@ -118,12 +116,12 @@ def test_mnist(tmp_path: Path) -> None:
 def test_every_experiment_can_be_built(name: str) -> None:
     """Its settings are accepted, each has a source, and the network has an output for every class."""
     settings, sources = EXPERIMENTS[name].settings, EXPERIMENTS[name].sources
-    assert list(example("dataclasses").asdict(settings)) == sorted(sources, key=list(vars(settings)).index)
+    assert list(dataclasses.asdict(settings)) == sorted(sources, key=list(vars(settings)).index)
     assert all(re.match("A$|B$|C$|ours", source) for source in sources.values())
-    for setting, choices in example("train").ALL_CHOICES.items():
+    for setting, choices in train.ALL_CHOICES.items():
         assert getattr(settings, setting) in choices
     with torch.device("meta"):  # shapes alone; the largest networks have 50 million weights
-        net = example("trainer").build(settings, example("data").SHAPES[settings.data])
+        net = trainer.build(settings, data.SHAPES[settings.data])
         leading = (3,) if settings.encoding == "direct" else (settings.steps, 3)
         inputs = torch.zeros(*leading, *net.input_shape)
     assert net.output_shape == (10,)
@@ -165,7 +163,7 @@ def test_a_step_of(
     smaller = ["--network", SMALL[name]] if SMALL[name] else []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", name, "--epochs", "1", "--run-dir", "run", *smaller])
-    example("train").main()
+    train.main()
     assert "test accuracy" in capsys.readouterr().out
     record = json.loads(Path("run", "metrics.json").read_text())
     assert 0 < record["epochs"][0]["train_loss"] < 5
@@ -205,7 +203,7 @@ def test_bad_arguments(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit) as stop:
-        example("train").main()
+        train.main()
     error = capsys.readouterr().err if stop.value.code == 2 else str(stop.value.code)
     assert message in error.splitlines()[-1]
     assert not (tmp_path / "runs").exists()
@@ -226,11 +224,11 @@ def test_errors_have_no_traceback(tmp_path: Path) -> None:
 
 def test_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--list"])
-    example("train").main()
+    train.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(EXPERIMENTS)
     monkeypatch.setattr(sys, "argv", ["train.py", "mnist-mlp", "--list"])
-    example("train").main()
+    train.main()
     listed = capsys.readouterr().out
     assert re.search(r"--v-threshold +1\.5 +A\n", listed)
     assert re.search(r"--weight-norm +\S+ +ours", listed)
@@ -239,7 +237,7 @@ def test_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 def test_synaptic_operations() -> None:
     """Counted input by input."""
-    operations = example("evaluate").Operations()
+    operations = evaluate.Operations()
     torch.manual_seed(0)
     for name, module, shape in (
         ("conv", torch.nn.Conv2d(3, 4, 3, padding=1), (2, 3, 5, 6)),
@@ -258,7 +256,6 @@ def test_synaptic_operations() -> None:
 
 def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs that differ in the seed share a row, with their mean; every experiment has a row."""
-    results = example("results")
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(results, "PAGE", tmp_path / "results.md")
     monkeypatch.chdir(tmp_path)
@@ -267,7 +264,7 @@ def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     for name, other in (("0", []), ("1", ["--seed", "1"]), ("wide", ["--width", "2.5"])):
         folders.append(f"run-{name}")
         monkeypatch.setattr(sys, "argv", ["train.py", "--run-dir", folders[-1], *tiny, *other])
-        example("train").main()
+        train.main()
     monkeypatch.setattr(sys, "argv", ["results.py", *folders])
     results.main()
     page = (tmp_path / "results.md").read_text()

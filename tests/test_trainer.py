@@ -31,8 +31,6 @@ TIMES = ("train_seconds", "test_seconds", "time")
 @pytest.fixture(scope="module")
 def lab() -> SimpleNamespace:
     """The modules of examples/."""
-    if str(EXAMPLES) not in sys.path:
-        sys.path.append(str(EXAMPLES))
     names = ("data", "experiments", "train", "trainer")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
