@@ -1,6 +1,7 @@
 """Devices, hypothesis profiles, and what several tests share."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -19,6 +20,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def hasty_compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The C++ compiler without its optimisations, where only that it compiles counts: a third of the time."""
+    script = tmp_path_factory.mktemp("compiler") / "c++"
+    script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -O0\n')
+    script.chmod(0o755)
+    return str(script)
 
 
 @pytest.fixture(scope="session", params=["cpu", CUDA])

@@ -194,8 +194,9 @@ def test_overhead(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_kernels(tmp_path: Path) -> None:
-    """Compiles them with the flags of the package, in half a minute, and tries the narrowest and the widest."""
+def test_kernels(tmp_path: Path, hasty_compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The narrowest instruction set and the widest."""
+    monkeypatch.setenv("CXX", hasty_compiler)
     small = ("--dtypes", "float32", "--steps", 3, "--neurons", 1000, 40000, "--seconds", 0.01, "--out", tmp_path)
     written = result(run("kernels.py", *small, "--all-instruction-sets"), tmp_path, "kernels-cpu", "kernels-cpu")
     seen = [(p["instruction_set"], p["threads"], p["neurons"]) for p in written["points"]]

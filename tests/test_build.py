@@ -78,6 +78,11 @@ def test_the_binary_needs_only_stable_symbols(tmp_path: Path) -> None:
     assert re.findall(r" T (\S+)", defined) == ["PyInit__C"]
 
 
+def test_the_binary_is_small() -> None:
+    """Also with the CUDA kernels for all architectures, which were 80 MB before they were compressed."""
+    assert Path(_C.__file__).stat().st_size < 25e6
+
+
 def test_default_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of each generation, of those that nvcc knows, and the newest also for what comes after."""
     nvcc = tmp_path / "nvcc"
@@ -154,15 +159,15 @@ def test_the_same_binary_under_other_torches(tmp_path: Path) -> None:
         shutil.rmtree(home)
 
 
-def test_source_distribution_and_wheel(tmp_path: Path) -> None:
+def test_source_distribution_and_wheel(tmp_path: Path, hasty_compiler: str) -> None:
     """The sdist holds what a build needs, and the wheel built from it what a user needs."""
     source = tmp_path / "source"
     ignore = shutil.ignore_patterns(
         *(".git", ".venv", "build", "data", "dist", "runs", "*.so", "*.egg-info", "__pycache__", ".*_cache")
     )
     shutil.copytree(ROOT, source, ignore=ignore)
-    build = "import setuptools.build_meta as b; print(b.build_{}({!r}))"
-    run(sys.executable, "-c", build.format("sdist", str(tmp_path)), cwd=source)
+    build = "import setuptools.build_meta as b; print(b.build_{}('{}'))"
+    run(sys.executable, "-c", build.format("sdist", tmp_path), cwd=source)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")
@@ -173,7 +178,7 @@ def test_source_distribution_and_wheel(tmp_path: Path) -> None:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"):
         assert (unpacked / name).is_file(), name
 
-    run(sys.executable, "-c", build.format("wheel", str(tmp_path)), cwd=unpacked, STBP_CUDA_BUILD="0")
+    run(sys.executable, "-c", build.format("wheel", tmp_path), cwd=unpacked, STBP_CUDA_BUILD="0", CXX=hasty_compiler)
     (wheel,) = tmp_path.glob("*.whl")
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert wheel.name == f"stbp_cuda-{stbp_cuda.__version__}-cp310-abi3-{platform}.whl"

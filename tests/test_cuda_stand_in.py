@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -440,25 +441,14 @@ def test_the_sanitizers_see_a_wrong_launch(packed: bool, mistake: str, error: st
     assert re.search(error, wrong.stderr), wrong.stderr
 
 
-def find_nvcc() -> Path | None:
-    """As in setup.py: from CUDA_HOME or PATH, else from the build requirements."""
-    candidates = [Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"] if os.environ.get("CUDA_HOME") else []
-    candidates += [Path(found) for found in [shutil.which("nvcc")] if found]
-    packages = importlib.util.find_spec("nvidia")
-    for location in (packages and packages.submodule_search_locations) or []:
-        candidates += sorted(Path(location).glob("cu*/bin/nvcc"), reverse=True)
-    return next((nvcc for nvcc in candidates if nvcc.is_file()), None)
-
-
-NVCC = find_nvcc()
+SETUP = runpy.run_path(str(SOURCES.parent.parent / "setup.py"))
+NVCC = SETUP["find_nvcc"]()
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 def test_no_float32_kernel_spills(tmp_path: Path) -> None:
     """On every architecture that is compiled for by default, every potential of a chunk stays in registers."""
-    assert NVCC is not None
-    listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    architectures = [n for n in re.findall(r"compute_(\d+)\b", listed) if int(n) >= 75]
+    architectures = [name.removesuffix("+PTX").replace(".", "") for name in SETUP["architectures"](NVCC)]
 
     def report(architecture: str) -> list[tuple[str, ...]]:
         flags = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "-cubin", f"-arch=sm_{architecture}"]

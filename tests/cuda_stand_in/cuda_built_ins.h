@@ -1,8 +1,6 @@
 // What csrc/cuda/kernels.cuh takes from nvcc, for compiling it as plain C++.
 #pragma once
 
-#include <pthread.h>
-
 #define __global__
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
@@ -20,12 +18,10 @@ struct alignas(16) uint4 {
 struct Index {
   unsigned x;
 };
-inline Index blockIdx, blockDim;
-inline thread_local Index threadIdx;
+inline Index blockIdx, blockDim, threadIdx;
 
-// The threads of a block meet here; set up by run.h for kernels that need it.
-inline pthread_barrier_t block_barrier;
-inline void __syncthreads() { pthread_barrier_wait(&block_barrier); }
+// The threads of a block meet here; run.h lets the others come.
+inline void __syncthreads();
 
 template <class T>
 T __ldg(const T* from) {

@@ -3,8 +3,12 @@
 
 #include "cuda_built_ins.h"
 
+#include <ucontext.h>
+
 #include <cstdint>
-#include <thread>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
 #include "../../csrc/cuda/neunorm.cuh"
@@ -45,23 +49,65 @@ void run_backward(const LifBackward<Scalar>& io, const LifOptions& options, bool
   });
 }
 
-// For kernels whose threads wait for each other: the threads of a block at the same time, the blocks in turn.
+// For kernels whose threads wait for each other: a block's threads have a stack each, and run in turn from one
+// __syncthreads() to the next. Where one is missing, a thread finds what another one has not yet written, or overwrites
+// what it has not yet read, every time.
 constexpr int kWarps = 2;
+
+class Fibers {
+ public:
+  template <class Kernel>
+  Fibers(unsigned threads, const Kernel& kernel)
+      : contexts_(threads),
+        stacks_(new char[threads * kStack]),
+        call_([](const void* body) { (*static_cast<const Kernel*>(body))(); }),
+        body_(&kernel) {}
+
+  void run_block() {
+    running_ = this;
+    for (unsigned i = 0; i < contexts_.size(); ++i) {
+      getcontext(&contexts_[i]);
+      contexts_[i].uc_stack.ss_sp = &stacks_[i * kStack];
+      contexts_[i].uc_stack.ss_size = kStack;
+      contexts_[i].uc_link = &scheduler_;
+      makecontext(&contexts_[i], [] { running_->call_(running_->body_); }, 0);
+    }
+    do {
+      waiting_ = 0;
+      for (unsigned i = 0; i < contexts_.size(); ++i) {
+        threadIdx.x = i;
+        swapcontext(&scheduler_, &contexts_[i]);
+      }
+      if (waiting_ != 0 && waiting_ != contexts_.size()) {
+        std::fputs("threads of a block ended while others waited for them\n", stderr);
+        std::abort();
+      }
+    } while (waiting_ != 0);
+  }
+
+  // Of the thread that runs, until all others have come as far.
+  static void wait() {
+    ++running_->waiting_;
+    swapcontext(&running_->contexts_[threadIdx.x], &running_->scheduler_);
+  }
+
+ private:
+  static constexpr size_t kStack = 1 << 17;
+  static inline Fibers* running_ = nullptr;
+
+  std::vector<ucontext_t> contexts_;
+  std::unique_ptr<char[]> stacks_;  // [threads, kStack]
+  void (*call_)(const void*);
+  const void* body_;
+  ucontext_t scheduler_;
+  size_t waiting_ = 0;
+};
 
 template <class Kernel>
 void launch_blocks(int64_t blocks, const Kernel& kernel) {
   blockDim.x = kWarps * kStrip;
-  pthread_barrier_init(&block_barrier, nullptr, blockDim.x);
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-    std::vector<std::thread> threads;
-    for (unsigned i = 0; i < blockDim.x; ++i)
-      threads.emplace_back([&kernel, i] {
-        threadIdx.x = i;
-        kernel();
-      });
-    for (std::thread& thread : threads) thread.join();
-  }
-  pthread_barrier_destroy(&block_barrier);
+  Fibers fibers(blockDim.x, kernel);
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) fibers.run_block();
 }
 
 template <class Scalar>
@@ -81,3 +127,5 @@ void run_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& o
 }
 
 }  // namespace stbp::cuda
+
+inline void __syncthreads() { stbp::cuda::Fibers::wait(); }
