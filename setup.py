@@ -110,9 +110,7 @@ class NinjaBuildExt(build_ext):
         nvcc_flags = f"{NVCC_FLAGS} {gencode_flags(names)}"
         if nvcc:
             version = nvcc_version(nvcc)
-            if (
-                int(version.partition(".")[0]) >= 13
-            ):  # a seventh of the size, and no newer driver than it asks for anyway
+            if int(version.partition(".")[0]) >= 13:  # a seventh of the size, and it needs no newer driver than 13 does
                 nvcc_flags += " --compress-mode=size"
             print(f"stbp_cuda: CUDA kernels for {' '.join(names)} with {nvcc}")
             flags += (

@@ -49,6 +49,7 @@ from stbp_cuda.surrogate import Rectangular
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 MALLOC = {"default": {}, "keep": KEEP}
 RATES_MAY_DIFFER, GRADIENTS_MAY_DIFFER = 0.02, 0.05  # of all rates; of the gradient, in the 2-norm
+ALWAYS_MAY_DIFFER = 3  # rates: of a batch of two, a single spike is 5 % of them
 TARGETS = {("mnist-cnn", "loop"): 1.5, ("mnist-cnn", "spikingjelly"): 2.0}  # with malloc told to keep its memory
 
 
@@ -84,19 +85,20 @@ class Network:
         """What stands between the neurons, with random weights."""
         shape = torch.zeros(1, *self.input)
         modules: list[nn.Module] = []
-        *hidden, last = self.layers.split("-")
-        for layer in (*hidden, last):
+        layers = self.layers.split("-")
+        for i, layer in enumerate(layers):
             module: nn.Module
+            width = self.width if i + 1 < len(layers) else 1
             if "C" in layer:
                 maps, size = map(int, layer.split("C"))
-                module = nn.Conv2d(shape.shape[1], round(self.width * maps), size, padding=self.padding)
+                module = nn.Conv2d(shape.shape[1], round(width * maps), size, padding=self.padding)
             elif layer.startswith("P"):
                 module = nn.AvgPool2d(int(layer[1:]))
             else:
                 if shape.dim() > 2:
                     modules.append(nn.Flatten())
                     shape = shape.flatten(1)
-                module = nn.Linear(shape.shape[1], int(layer) if layer is last else round(self.width * int(layer)))
+                module = nn.Linear(shape.shape[1], round(width * int(layer)))
             modules.append(module)
             shape = module(shape)
         return modules
@@ -389,7 +391,8 @@ def check(name: str, found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tenso
     least = 0.5 / 30  # less than a spike of one voter
     different = ((found[0] - expected[0]).abs() > least / 10).float().mean().item()
     gradient = ((found[1] - expected[1]).norm() / expected[1].norm()).item()
-    if different > RATES_MAY_DIFFER or not gradient <= GRADIENTS_MAY_DIFFER:
+    may_differ = max(RATES_MAY_DIFFER, ALWAYS_MAY_DIFFER / expected[0].numel())
+    if different > may_differ or not gradient <= GRADIENTS_MAY_DIFFER:
         raise AssertionError(
             f"{name} differs from ours in {different:.1%} of the rates, {gradient:.1%} of the gradient"
         )
@@ -524,7 +527,8 @@ def speed_picture(points: list[dict[str, Any]], machine: dict[str, Any]) -> Figu
             x = networks.index(p["network"]) + (names.index(p["name"]) - (len(names) - 1) / 2) / (len(names) + 1)
             label = p["label"] if p["network"] == networks[0] else None
             axis.bar(x, p["seconds_per_epoch"], 0.9 / (len(names) + 1), color=COLOURS[p["name"]], label=label)
-            axis.annotate(f"{p['seconds_per_epoch']:,.0f}", (x, p["seconds_per_epoch"]), ha="center", va="bottom")
+            text = f"{p['seconds_per_epoch']:,.0f}"
+            axis.annotate(text, (x, p["seconds_per_epoch"]), ha="center", va="bottom", fontsize=8)
         axis.set(title=f"{data_set}, {SPEED[networks[0]].samples:,} samples", ylabel="s an epoch")
         axis.set_xticks(range(len(networks)), [network.rpartition("-")[2].upper() for network in networks])
         axis.margins(y=0.1)
