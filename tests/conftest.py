@@ -1,7 +1,6 @@
 """Devices, hypothesis profiles, and what several tests share."""
 
 import os
-from pathlib import Path
 
 import hypothesis
 import pytest
