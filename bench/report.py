@@ -2,16 +2,20 @@
 
 python bench/report.py            rewrites every block between <!-- figures: NAME --> and <!-- end -->
 python bench/report.py --check    only says whether they are what the results hold
+python bench/report.py --summary FOLDER
+                                  writes FOLDER/summary.md from the results there, as scripts/gpu_check.sh leaves them
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +29,24 @@ class NotMeasuredError(Exception):
     """There is no result yet."""
 
 
+@dataclass
+class Source:
+    """Where results are, and of which devices; of several the first is taken."""
+
+    folder: Path = RESULTS
+    devices: tuple[str, ...] = ("cpu",)
+
+
+source = Source()
+
+
 def load(name: str) -> dict[str, Any]:
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        script, *study, _ = name.split("-")
-        raise NotMeasuredError(f"Not measured yet: `python bench/{' --study '.join([f'{script}.py', *study])}`.")
-    return json.loads(path.read_text())
+    for device in source.devices:
+        path = source.folder / f"{name}-{device}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+    script, *study = name.split("-")
+    raise NotMeasuredError(f"Not measured yet: `python bench/{' --study '.join([f'{script}.py', *study])}`.")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -55,7 +71,7 @@ def targets(found: dict[str, bool | None]) -> str:
 
 
 def speed() -> str:
-    result = load("speed-cpu")
+    result = load("speed")
     rows = []
     for name, seen in result["summary"]["against"].items():
         if name == "clone" or not seen:
@@ -76,11 +92,11 @@ def speed() -> str:
 
 
 def speed_targets() -> str:
-    return targets(load("speed-cpu")["summary"]["targets"])
+    return targets(load("speed")["summary"]["targets"])
 
 
 def train_step() -> str:
-    result = load("train_step-cpu")
+    result = load("train_step")
     rows = []
     for point in result["points"]:
         rows.append(
@@ -100,7 +116,7 @@ def train_step() -> str:
 
 def train_step_targets() -> str:
     lines = ""
-    for target, seen in load("train_step-cpu")["targets"].items():
+    for target, seen in load("train_step")["targets"].items():
         word = "met" if seen["met"] else "**not met**"
         lines += f"- {word}: {target}, both with malloc told to keep its memory: {seen['ratio']:.2f} x"
         lines += f" ({seen['to_its_default']:.2f} x if only ours is)\n" if seen["to_its_default"] else "\n"
@@ -120,7 +136,7 @@ def mebibytes(peak: int | None) -> str:
 
 
 def train_step_speed() -> str:
-    result = load("train_step-speed-cpu")
+    result = load("train_step-speed")
     rows = []
     for ours, loop in pairs(result["points"], "network"):
         data_set, size = ours["network"].split("-")
@@ -139,7 +155,7 @@ def train_step_speed() -> str:
 
 
 def train_step_growth() -> str:
-    result = load("train_step-growth-cpu")
+    result = load("train_step-growth")
     rows = []
     for ours, loop in pairs(result["growth"], "of"):
         what = {"steps": "T", "batch": "the batch", "width": "the width"}[ours["of"]]
@@ -150,7 +166,7 @@ def train_step_growth() -> str:
 
 
 def neunorm() -> str:
-    result = load("neunorm-cpu")
+    result = load("neunorm")
     rows = []
     for point in result["points"]:
         every = math.prod(point["shape"])
@@ -169,11 +185,11 @@ def neunorm() -> str:
 
 
 def neunorm_targets() -> str:
-    return targets(load("neunorm-cpu")["targets"])
+    return targets(load("neunorm")["targets"])
 
 
 def memory() -> str:
-    result = load("memory-cpu")
+    result = load("memory")
     rows = []
     for point in result["points"]:
         of, known = point["per_neuron_step"], point["known"]
@@ -184,7 +200,7 @@ def memory() -> str:
 
 
 def overhead() -> str:
-    result = load("overhead-cpu")
+    result = load("overhead")
     rows = []
     for title, seen in result["times"].items():
         rows.append([f"*{title}*", ""])
@@ -193,7 +209,7 @@ def overhead() -> str:
 
 
 def kernels() -> str:
-    result = load("kernels-cpu")
+    result = load("kernels")
     rows = []
     for name, seen in result["summary"].items():
         share, gain = seen["of_a_copy"], seen["gain_of_all_threads"]
@@ -219,6 +235,21 @@ FIGURES: dict[str, Callable[[], str]] = {
 }
 
 
+def summary(folder: Path) -> str:
+    """All figures of a folder, after what scripts/gpu_check.sh says of its parts."""
+    text = f"# {folder.name}\n"
+    parts = folder / "parts.tsv"
+    if parts.exists():
+        rows = [line.split("\t") for line in parts.read_text().splitlines()]
+        text += "\n" + table(["part of scripts/gpu_check.sh", "", "s"], rows)
+    for name, figure in FIGURES.items():
+        with contextlib.suppress(NotMeasuredError):
+            text += f"\n## {name}\n\n{figure()}"
+    for picture in sorted(folder.glob("*.png")):
+        text += f"\n![{picture.stem}]({picture.name})\n"
+    return text
+
+
 def block(found: re.Match[str]) -> str:
     try:
         text = FIGURES[found[2]]()
@@ -230,7 +261,14 @@ def block(found: re.Match[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 if a page holds other figures")
+    parser.add_argument("--summary", type=Path, metavar="FOLDER", help="write FOLDER/summary.md, and nothing else")
     args = parser.parse_args()
+    if args.summary:
+        source.folder, source.devices = args.summary, ("cuda", "cuda-quick", "cpu", "cpu-quick")
+        page = args.summary / "summary.md"
+        page.write_text(summary(args.summary))
+        print(page)
+        return
     stale = []
     for page in PAGES:
         before = page.read_text()

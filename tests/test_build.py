@@ -78,6 +78,29 @@ def test_the_binary_needs_only_stable_symbols(tmp_path: Path) -> None:
     assert re.findall(r" T (\S+)", defined) == ["PyInit__C"]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param(
+            [],
+            "this machine lacks:\n- a GPU that torch can use",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+        (["--skip", "speed,lunch"], "--skip: there is no part lunch, but build tests"),
+        (["--minutes", "0"], "--minutes must be a positive integer, got 0"),
+        (["--device", "tpu"], "--device must be cuda or cpu, got tpu"),
+        (["--rivals", "nowhere"], "--rivals: nowhere is no folder"),
+        (["--quick"], "unknown option --quick"),
+    ],
+)
+def test_gpu_check_says_what_is_wrong(options: list[str], message: str) -> None:
+    command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), *options]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
 def test_the_binary_is_small() -> None:
     """Also with the CUDA kernels for all architectures, which were 80 MB before they were compressed."""
     assert Path(_C.__file__).stat().st_size < 25e6
@@ -172,7 +195,7 @@ def test_source_distribution_and_wheel(tmp_path: Path, hasty_compiler: str) -> N
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    for folder in ("csrc", "stbp_cuda", "tests", "bench", "examples", "docs"):
+    for folder in ("csrc", "stbp_cuda", "tests", "bench", "examples", "docs", "scripts"):
         for path in (source / folder).rglob("*"):
             assert not path.is_file() or (unpacked / path.relative_to(source)).is_file(), path
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"):
