@@ -243,6 +243,26 @@ def test_agrees_with_the_reference(
 
 @every_surrogate
 @every_reset
+@every_dtype
+@given(case=flat_cases)
+@example(case=LARGE)
+def test_spatial_only_agrees_with_the_reference(
+    stand_in: ModuleType, case: Case, surrogate: str, reset: str, dtype: torch.dtype
+) -> None:
+    options: dict[str, Any] = {"surrogate": surrogate, "reset": reset, "detach_reset": False}
+    case = dataclasses.replace(case, spatial_only=True)
+    tensors = x, initial, gradient, last = random_tensors(case, dtype, "cpu")
+    wide = ops.state_dtype(dtype)
+    expected = run(case, (x.to(wide), initial, gradient.to(wide), last), backend="reference", **options)
+    for spikes, potential, grad_x, grad_initial in run_stand_in(stand_in, case, tensors, **options):
+        assert torch.equal(spikes.to(wide), expected[0])
+        assert torch.equal(potential, expected[1])
+        assert_gradients_agree("dL/dx", grad_x, expected[2], surrogate)
+        assert grad_initial is None or not grad_initial.any()
+
+
+@every_surrogate
+@every_reset
 @both_detach
 @given(case=flat_cases)
 @example(case=LARGE)
