@@ -279,6 +279,8 @@ def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     (wide,) = (row for row in rows if "--width" in row[-1])
     assert both[2] == f"{sum(last[:2]) / 2:.2f} ({last[0]:.2f}, {last[1]:.2f})"
     assert wide[2] == f"{last[2]:.2f}"
+    assert wide[0].endswith("; changed: width")
+    assert "changed" not in both[0]
     assert both[-1] == "`python examples/train.py digits --epochs 2 --train-samples 60 --test-samples 40 --seed 0, 1` |"
     assert "of that 60 and 40" in both[4]
     for name in set(EXPERIMENTS) - {"digits"}:
