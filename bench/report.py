@@ -123,12 +123,10 @@ def train_step_targets() -> str:
     return lines
 
 
-def pairs(points: list[dict[str, Any]], *keys: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Ours and the per-step loop's, of all points with the same ``keys``."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for point in points:
-        found.setdefault(tuple(point[key] for key in keys), {})[point["name"]] = point
-    return [(each["ours"], each["loop"]) for each in found.values()]
+def pairs(points: list[dict[str, Any]], key: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Ours and the per-step loop's, of all points with the same ``key``."""
+    loops = {point[key]: point for point in points if point["name"] == "loop"}
+    return [(point, loops[point[key]]) for point in points if point["name"] == "ours" and point[key] in loops]
 
 
 def mebibytes(peak: int | None) -> str:

@@ -275,9 +275,9 @@ def test_studies(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for grows, least, most in ("steps", 1, 5), ("batch", 1, 5), ("width", 0.25, 1):
         for name in "ours", "loop":
             line = lines[grows, name]
-            ends = [p["median"] for p in written["points"] if p["name"] == name and grows in p["grows"]]
+            ends = {p[grows]: p["median"] for p in written["points"] if p["name"] == name and grows in p["grows"]}
             assert (line["from"], line["to"]) == (least, most)
-            assert line["time"] in [b / a for a in ends for b in ends]
+            assert line["time"] == ends[most] / ends[least]
 
 
 def test_train_step_sees_another_neuron() -> None:
@@ -354,6 +354,9 @@ def test_the_pages_hold_the_figures_of_the_results() -> None:
         ("kernels.py", ["--dtypes", "int8"], "int8"),
         ("train_step.py", ["--networks", "resnet"], "resnet"),
         ("train_step.py", ["--batch", "-1"], "--batch: must be a positive number, got '-1'"),
+        ("train_step.py", ["--study", "speed", "--networks", "mlp"], "--study speed has nmnist-s, "),
+        ("train_step.py", ["--study", "growth", "--networks", "mlp", "cifarnet"], "--study growth has one network"),
+        ("train_step.py", ["--study", "growth", "--malloc", "keep", "default"], "a study has one setting"),
         ("memory.py", ["--out", "/dev/null/x"], "/dev/null"),
     ],
 )
