@@ -70,7 +70,7 @@ def architectures(nvcc):
             return sorted(set(visible.stdout.split()))
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     numbers = sorted(int(n) for n in re.findall(r"compute_(\d+)\b", known) if int(n) >= OLDEST_ARCHITECTURE)
-    # The first of each generation: its code runs on the others, such as 8.0's on 8.6 and 8.9, and each takes a minute.
+    # The first of each generation: its code runs on the others, such as 8.0's on 8.6 and 8.9, and each takes long.
     generations = {n // 10: f"{n // 10}.{n % 10}" for n in reversed(numbers)}
     names = sorted(generations.values(), key=float)
     return [*names[:-1], names[-1] + "+PTX"]
@@ -110,7 +110,7 @@ class NinjaBuildExt(build_ext):
         nvcc_flags = f"{NVCC_FLAGS} {gencode_flags(names)}"
         if nvcc:
             version = nvcc_version(nvcc)
-            if int(version.partition(".")[0]) >= 13:  # a seventh of the size, and it needs no newer driver than 13 does
+            if int(version.partition(".")[0]) >= 13:  # far smaller, and it needs no newer driver than 13 does
                 nvcc_flags += " --compress-mode=size"
             print(f"stbp_cuda: CUDA kernels for {' '.join(names)} with {nvcc}")
             flags += (

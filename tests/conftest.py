@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def hasty_compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The C++ compiler without its optimisations, where only that it compiles counts: a third of the time."""
+    """The C++ compiler without its optimisations, where only that it compiles counts."""
     script = tmp_path_factory.mktemp("compiler") / "c++"
     script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -O0\n')
     script.chmod(0o755)

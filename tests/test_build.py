@@ -102,7 +102,7 @@ def test_gpu_check_says_what_is_wrong(options: list[str], message: str) -> None:
 
 
 def test_the_binary_is_small() -> None:
-    """Also with the CUDA kernels for all architectures, which were 80 MB before they were compressed."""
+    """Also with the CUDA kernels for all architectures, which nvcc must compress for it."""
     assert Path(_C.__file__).stat().st_size < 25e6
 
 
