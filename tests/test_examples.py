@@ -104,9 +104,8 @@ def test_every_backend_gives_the_same_curve(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.skipif("STBP_CUDA_DATA" not in os.environ, reason="STBP_CUDA_DATA names no folder with MNIST/raw")
-def test_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mnist(tmp_path: Path) -> None:
     """The network 784-800-10 of the paper: at least 97 % after an epoch on the real images."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # faster than two, for a network of this size
     _, metrics = run_to_the_end(tmp_path, "mnist-mlp", "--data-dir", os.environ["STBP_CUDA_DATA"], "--epochs", "1")
     assert metrics["data"]["extent"] == "all of it: 60,000 to train with, 10,000 to test"
     assert metrics["epochs"][0]["test_accuracy"] >= 0.97
