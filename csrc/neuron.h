@@ -25,6 +25,12 @@ struct LifConstants {
   bool resets_to_zero;
   bool detached;      // no gradient flows through the reset
   bool spatial_only;  // none flows from a step to the one before
+  // For EitherReset.
+  using Bits = typename Math<State>::Bits;
+  Bits soft;             // a mask of all bits with a soft reset
+  State soft_threshold;  // 0 with a hard one
+  State kept, shift;     // a neuron that fires goes from u to kept u + shift
+  Bits adds_v_reset, attached, temporal;
 
   explicit LifConstants(const LifOptions& options)
       : decay(State(options.decay)),
@@ -33,7 +39,17 @@ struct LifConstants {
         fires_at(options.strict_threshold ? std::nextafter(v_threshold, State(INFINITY)) : v_threshold),
         resets_to_zero(v_reset == State(0)),
         detached(options.detach_reset),
-        spatial_only(options.spatial_only) {}
+        spatial_only(options.spatial_only),
+        soft(mask(options.soft_reset)),
+        soft_threshold(options.soft_reset ? v_threshold : State(0)),
+        kept(options.soft_reset ? State(1) : State(0)),
+        shift(options.soft_reset ? -v_threshold : v_reset),
+        adds_v_reset(mask(!options.soft_reset && !resets_to_zero && !detached)),
+        attached(mask(!detached)),
+        temporal(mask(!spatial_only)) {}
+
+ private:
+  static Bits mask(bool condition) { return condition ? ~Bits(0) : Bits(0); }
 };
 
 // How a neuron fires: the spikes users train with, or the surrogate's antiderivative, with which the whole network is
@@ -60,7 +76,15 @@ struct Smooth {
   }
 };
 
-struct HardReset {
+struct AnyReset {
+  // dL/dv[t-1] from dL/du[t].
+  template <class State, class V>
+  static STBP_FN V leak(const LifConstants<State>& c, V grad_u) {
+    return c.spatial_only ? V{} : grad_u * c.decay;
+  }
+};
+
+struct HardReset : AnyReset {
   template <class State, class V, class Fired>
   static STBP_FN V apply(Heaviside, const LifConstants<State>& c, V u, Fired fired) {
     // v_reset, but NaN after an infinite potential, as in the reference.
@@ -73,6 +97,7 @@ struct HardReset {
   // dL/do from the spike's own gradient and, through the reset, from grad_v = dL/dv.
   template <class State, class V>
   static STBP_FN V grad_spike(const LifConstants<State>& c, V u, V grad_spike, V grad_v) {
+    if (c.detached) return grad_spike;
     // To neither add nor multiply is worth a condition: kernels on a CPU are bound by their arithmetic here.
     const V shifted = c.resets_to_zero ? grad_spike : grad_spike + grad_v * c.v_reset;
     return shifted - grad_v * u;
@@ -88,7 +113,7 @@ struct HardReset {
   }
 };
 
-struct SoftReset {
+struct SoftReset : AnyReset {
   template <class State, class V, class Fired>
   static STBP_FN V apply(Heaviside, const LifConstants<State>& c, V u, Fired fired) {
     return Math<V>::choose(fired, u - c.v_threshold, u);
@@ -99,11 +124,46 @@ struct SoftReset {
   }
   template <class State, class V>
   static STBP_FN V grad_spike(const LifConstants<State>& c, V, V grad_spike, V grad_v) {
-    return grad_spike - grad_v * c.v_threshold;
+    return c.detached ? grad_spike : grad_spike - grad_v * c.v_threshold;
   }
   template <class Firing, class State, class V, class Fired>
   static STBP_FN V grad_potential(Firing, const LifConstants<State>&, Fired, V grad_v) {
     return grad_v;
+  }
+};
+
+// One of the two, chosen while a kernel runs, for devices where that costs less than to compile each kernel twice.
+// Masks choose, of all bits or none, for what looks like a condition becomes jumps, and loads do not cross these.
+struct EitherReset {
+  template <class State>
+  static STBP_FN State only(State value, typename Math<State>::Bits mask) {
+    return bit_cast<State>(bit_cast<typename Math<State>::Bits>(value) & mask);
+  }
+
+  template <class State>
+  static STBP_FN State apply(Heaviside, const LifConstants<State>& c, State u, bool fired) {
+    return fired ? u * c.kept + c.shift : u;
+  }
+  template <class State>
+  static STBP_FN State apply(Smooth smooth, const LifConstants<State>& c, State u, State o) {
+    return c.soft ? SoftReset::apply(smooth, c, u, o) : HardReset::apply(smooth, c, u, o);
+  }
+  template <class State>
+  static STBP_FN State grad_spike(const LifConstants<State>& c, State u, State grad_spike, State grad_v) {
+    const State target = only(u, ~c.soft) + c.soft_threshold;
+    return (grad_spike + only(grad_v * c.v_reset, c.adds_v_reset)) - only(grad_v * target, c.attached);
+  }
+  template <class State>
+  static STBP_FN State grad_potential(Heaviside, const LifConstants<State>& c, bool fired, State grad_v) {
+    return fired ? only(grad_v, c.soft) : grad_v;
+  }
+  template <class State>
+  static STBP_FN State grad_potential(Smooth, const LifConstants<State>& c, State o, State grad_v) {
+    return c.soft ? grad_v : grad_v * (State(1) - o);
+  }
+  template <class State>
+  static STBP_FN State leak(const LifConstants<State>& c, State grad_u) {
+    return only(grad_u * c.decay, c.temporal);
   }
 };
 
@@ -127,11 +187,11 @@ struct Lif {
   // leaves dL/dv[t-1].
   template <class V>
   STBP_FN V step_back(V u, V grad_spike, V& grad_v) const {
-    const V total = c.detached ? grad_spike : Reset::grad_spike(c, u, grad_spike, grad_v);
+    const V total = Reset::grad_spike(c, u, grad_spike, grad_v);
     const auto fired = Firing::fire(c, surrogate, u);
     const V grad_u =
         total * surrogate.derivative(u - c.v_threshold) + Reset::grad_potential(Firing(), c, fired, grad_v);
-    grad_v = c.spatial_only ? V{} : grad_u * c.decay;
+    grad_v = Reset::leak(c, grad_u);
     return grad_u;
   }
 };

@@ -156,7 +156,15 @@ STBP_FN Bits spike_bits(Bits bits, Half) {
 
 template <>
 struct Rounded<BFloat16> {
-  static STBP_FN BFloat16 from(float value) { return {uint16_t(bfloat16_of_float(value))}; }
+  static STBP_FN BFloat16 from(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint16_t bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return {bits};
+#else
+    return {uint16_t(bfloat16_of_float(value))};
+#endif
+  }
 };
 
 template <>
@@ -169,5 +177,25 @@ struct Rounded<Half> {
 #endif
   }
 };
+
+// Two numbers of a half type side by side, the first in the low bits.
+template <class Half_>
+STBP_FN uint32_t rounded_pair(float low, float high) {
+  return uint32_t(Rounded<Half_>::from(low).bits) | uint32_t(Rounded<Half_>::from(high).bits) << 16;
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <>
+STBP_FN uint32_t rounded_pair<BFloat16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+STBP_FN uint32_t rounded_pair<Half>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+#endif
 
 }  // namespace stbp

@@ -155,4 +155,30 @@ struct SurrogateList {};
 // The registry: dispatch, the operator's error message and the tests all read it.
 using Surrogates = SurrogateList<Rectangular, Polynomial, Sigmoid, Gaussian, Atan, FastSigmoid>;
 
+// One of the list, chosen while a kernel runs.
+template <class State, class List>
+class AnySurrogate;
+template <class State, template <class> class... Surrogate>
+class AnySurrogate<State, SurrogateList<Surrogate...>> : Surrogate<State>... {
+ public:
+  AnySurrogate(int place, double width) : Surrogate<State>(width)..., place_(place) {}
+  template <class V>
+  STBP_FN V derivative(V s) const {
+    V result{};
+    int place = 0;
+    ((place++ == place_ ? void(result = Surrogate<State>::derivative(s)) : void()), ...);
+    return result;
+  }
+  template <class V>
+  STBP_FN V antiderivative(V s) const {
+    V result{};
+    int place = 0;
+    ((place++ == place_ ? void(result = Surrogate<State>::antiderivative(s)) : void()), ...);
+    return result;
+  }
+
+ private:
+  int place_;
+};
+
 }  // namespace stbp

@@ -47,7 +47,7 @@ BUILDS = {"plain": "-O1", "sanitized": "-fsanitize=address,undefined -fno-saniti
 # The folder of the builds, in the process that test_under_sanitizers starts.
 SANITIZED = os.environ.get("STBP_CUDA_SANITIZED")
 
-CHUNK, THREADS = 8, 128  # the kernels' own, for the cases to lie around
+CHUNK, THREADS = 16, 128  # the kernels' own, for the cases to lie around
 NEUNORM_CHUNK, STRIP = 8, 32
 # The bytes on either side of an array: what a block of threads writes at once, in the largest packs. Sanitizers see
 # where the memory itself ends.
@@ -157,9 +157,7 @@ def run_stand_in(
     detach_reset: bool,
     smooth: bool = False,
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """The results of ``test_lif.run`` from the kernels with one neuron a thread, and from those with a pack where packs
-    fit.
-    """
+    """The results of ``test_lif.run`` from the kernels of each width that fits, with blocks of 128 threads or fewer."""
     dtype = tensors[0].dtype
     state = ops.state_dtype(dtype)
     kernels = kernels_of(stand_in, dtype)
@@ -167,23 +165,25 @@ def run_stand_in(
     x, initial, gradient, last = (None if tensor is None else copy_of(tensor) for tensor in tensors)
     steps, neurons = case.steps, *case.shape
     kept = (steps - 1) // CHUNK
-    fit = neurons % kernels.pack == 0
+    fit = [width for width in kernels.widths if neurons % width == 0]
     results = []
-    for packed in [False, True] if fit else [False]:
+    for width in fit:
+        threads = THREADS >> neurons // width % 3
+        plan = stand_in.Plan(width, threads, -(-neurons // (width * threads)))
         spikes, spikes_alone, grad_x = (blank((steps, neurons), dtype) for _ in range(3))
         potential = blank((neurons,), state)
         states = blank((kept, neurons), state) if kept else None
         grad_initial = None if initial is None else blank((neurons,), state)
 
         forward = kernels.Forward(steps, neurons, x, initial, spikes, potential, states)
-        forward.launch(options, packed)
+        forward.launch(options, plan)
         grad_final = last if case.final else None
         backward = kernels.Backward(steps, neurons, x, initial, states, gradient, grad_final, grad_x, grad_initial)
-        backward.launch(options, packed)
-        assert forward.packs_fit() == backward.packs_fit() == fit
+        backward.launch(options, plan)
+        assert forward.widest_pack() == backward.widest_pack() >= max(fit)
 
         # Without the outputs that not every call needs.
-        kernels.Forward(steps, neurons, x, initial, spikes_alone, None, None).launch(options, packed)
+        kernels.Forward(steps, neurons, x, initial, spikes_alone, None, None).launch(options, plan)
         assert torch.equal(result(spikes_alone, dtype), result(spikes, dtype))
         if states is not None:
             assert not result(states, state).isnan().any()
@@ -380,24 +380,79 @@ def test_groups_of_samples(stand_in: ModuleType) -> None:
 
 
 @every_dtype
-def test_packs_are_refused_where_they_do_not_fit(stand_in: ModuleType, dtype: torch.dtype) -> None:
+def test_packs_are_no_wider_than_fits(stand_in: ModuleType, dtype: torch.dtype) -> None:
     kernels = kernels_of(stand_in, dtype)
     state = ops.state_dtype(dtype)
-    steps, neurons = CHUNK + 1, 2 * kernels.pack
+    widest = 16 // dtype.itemsize
+    steps, neurons = CHUNK + 1, 2 * widest
 
-    def shifted(array: np.ndarray) -> np.ndarray:
-        return np.resize(array, array.size + 1)[1:]
+    def shifted(array: np.ndarray, by: int) -> np.ndarray:
+        return np.resize(array, array.size + by)[by:]
 
     rows, row = blank((steps, neurons), dtype), blank((neurons,), state)
     for launch, arrays in (
         (kernels.Forward, (rows, row, rows, row, row)),
         (kernels.Backward, (rows, row, row, rows, row, rows, row)),
     ):
-        assert launch(steps, neurons, *arrays).packs_fit()
-        assert launch(steps, neurons, *[rows if array is rows else None for array in arrays]).packs_fit()
-        assert not launch(steps, neurons - 1, *arrays).packs_fit()
+        assert launch(steps, neurons, *arrays).widest_pack() == widest
+        assert launch(steps, neurons, *[rows if array is rows else None for array in arrays]).widest_pack() == widest
+        assert launch(steps, neurons + widest // 2, *arrays).widest_pack() == widest // 2
+        assert launch(steps, neurons - 1, *arrays).widest_pack() == 1
         for i, array in enumerate(arrays):
-            assert not launch(steps, neurons, *arrays[:i], shifted(array), *arrays[i + 1 :]).packs_fit(), i
+            odd = launch(steps, neurons, *arrays[:i], shifted(array, 1), *arrays[i + 1 :])
+            assert odd.widest_pack() == 1, i
+            # A shift by half a pack; where that is 16 bytes of float32, a state is as well aligned as before.
+            half = launch(steps, neurons, *arrays[:i], shifted(array, widest // 2), *arrays[i + 1 :])
+            assert half.widest_pack() == (widest if widest // 2 * array.itemsize == 16 else widest // 2), i
+
+
+H100, T4 = 132, 40  # multiprocessors
+
+
+@pytest.mark.parametrize(
+    ("neurons", "scalar_bytes", "widest", "processors", "plan"),
+    [
+        pytest.param(2**24, 4, 4, H100, (4, 128, 2**15), id="float32"),
+        pytest.param(2**24, 2, 8, H100, (8, 128, 2**14), id="half"),
+        pytest.param(2**24, 8, 2, H100, (1, 128, 2**17), id="float64"),
+        pytest.param(2**24 + 1, 4, 1, H100, (1, 128, 2**17 + 1), id="an odd number"),
+        pytest.param(2**24 + 2, 2, 2, H100, (2, 128, 2**16 + 1), id="an even number of a half type"),
+        pytest.param(2**24 + 4, 2, 4, H100, (2, 128, 2**16 + 1), id="four of a half type"),
+        pytest.param(2**24 + 2, 4, 2, H100, (1, 128, 2**17 + 1), id="an even number of float32"),
+        pytest.param(4 * 256 * H100, 4, 4, H100, (4, 128, 2 * H100), id="just enough for packs"),
+        pytest.param(4 * 256 * H100 - 4, 4, 4, H100, (1, 128, 8 * H100), id="too few for packs"),
+        pytest.param(4 * 256 * H100 - 4, 4, 4, T4, (4, 128, 2 * H100), id="but not on a smaller GPU"),
+        pytest.param(8 * 256 * H100 - 8, 2, 8, H100, (2, 128, 8 * H100), id="too few for packs of a half type"),
+        pytest.param(128 * H100, 4, 4, H100, (1, 128, H100), id="just enough for large blocks"),
+        pytest.param(128 * H100 - 1, 4, 1, H100, (1, 64, 2 * H100), id="smaller blocks"),
+        pytest.param(1000, 4, 4, H100, (1, 32, 32), id="the smallest"),
+        pytest.param(1, 2, 1, H100, (1, 32, 1), id="one neuron"),
+        pytest.param(0, 4, 4, H100, (1, 32, 0), id="none"),
+        pytest.param(2**40, 4, 4, H100, (4, 128, 2**31), id="more than 2^31"),
+    ],
+)
+def test_plan(
+    stand_in: ModuleType, neurons: int, scalar_bytes: int, widest: int, processors: int, plan: tuple[int, int, int]
+) -> None:
+    found = stand_in.plan_lif(neurons, scalar_bytes, widest, processors)
+    assert (found.width, found.threads, found.blocks) == plan
+
+
+@given(
+    neurons=st.one_of(st.integers(0, 2**20), st.integers(0, 2**40)),
+    scalar_bytes=st.sampled_from([2, 4, 8]),
+    processors=st.integers(1, 200),
+)
+def test_any_plan(stand_in: ModuleType, neurons: int, scalar_bytes: int, processors: int) -> None:
+    """Of the widths that are compiled, none wider than fits; every neuron has its thread, and no block is idle."""
+    widest = math.gcd(neurons, 16 // scalar_bytes)
+    plan = stand_in.plan_lif(neurons, scalar_bytes, widest, processors)
+    dtype = {2: torch.float16, 4: torch.float32, 8: torch.float64}[scalar_bytes]
+    assert plan.width in kernels_of(stand_in, dtype).widths
+    assert plan.width <= widest
+    assert plan.threads in (32, 64, 128)
+    block = plan.width * plan.threads
+    assert block * (plan.blocks - 1) < neurons <= block * plan.blocks
 
 
 def run_sanitized(*command: str, builds: Path) -> subprocess.CompletedProcess[str]:
@@ -435,28 +490,29 @@ LAUNCH = """
 import numpy as np
 import stand_in
 
-steps, neurons, packed = 3, 20, {}
+steps, neurons, width = 3, 20, {}
 x, spikes = (np.zeros(steps * neurons, np.float32) for _ in range(2))
 {}
 options = stand_in.Options(0.25, 0.75, 0.0, False, False, False, False, False, 0, 1.0)
-stand_in.float32.Forward(steps, neurons, x, None, spikes, None, None).launch(options, packed)
+plan = stand_in.Plan(width, 128, 1)
+stand_in.float32.Forward(steps, neurons, x, None, spikes, None, None).launch(options, plan)
 """
 
 
 @pytest.mark.parametrize(
-    ("packed", "mistake", "error"),
+    ("width", "mistake", "error"),
     [
-        pytest.param(False, "x = x[:-1].copy()", "heap-buffer-overflow(?s:.*)READ of size 4 ", id="read"),
-        pytest.param(False, "spikes = spikes[:-1].copy()", "heap-buffer-overflow(?s:.*)WRITE of size 4 ", id="write"),
-        pytest.param(True, "spikes = spikes[:-1].copy()", "heap-buffer-overflow(?s:.*)WRITE of size 16 ", id="pack"),
-        pytest.param(True, "x = np.zeros(x.size + 1, x.dtype)[1:]", "misaligned address", id="misaligned read"),
-        pytest.param(True, "spikes = np.zeros(x.size + 1, x.dtype)[1:]", "misaligned address", id="misaligned write"),
+        pytest.param(1, "x = x[:-1].copy()", "heap-buffer-overflow(?s:.*)READ of size 4 ", id="read"),
+        pytest.param(1, "spikes = spikes[:-1].copy()", "heap-buffer-overflow(?s:.*)WRITE of size 4 ", id="write"),
+        pytest.param(4, "spikes = spikes[:-1].copy()", "heap-buffer-overflow(?s:.*)WRITE of size 16 ", id="pack"),
+        pytest.param(4, "x = np.zeros(x.size + 1, x.dtype)[1:]", "misaligned address", id="misaligned read"),
+        pytest.param(4, "spikes = np.zeros(x.size + 1, x.dtype)[1:]", "misaligned address", id="misaligned write"),
     ],
 )
-def test_the_sanitizers_see_a_wrong_launch(packed: bool, mistake: str, error: str, builds: Path) -> None:
-    right = run_sanitized("-c", LAUNCH.format(packed, ""), builds=builds)
+def test_the_sanitizers_see_a_wrong_launch(width: int, mistake: str, error: str, builds: Path) -> None:
+    right = run_sanitized("-c", LAUNCH.format(width, ""), builds=builds)
     assert right.returncode == 0, right.stderr
-    wrong = run_sanitized("-c", LAUNCH.format(packed, mistake), builds=builds)
+    wrong = run_sanitized("-c", LAUNCH.format(width, mistake), builds=builds)
     assert wrong.returncode != 0
     assert re.search(error, wrong.stderr), wrong.stderr
 

@@ -4,8 +4,8 @@
 
 #include "../dispatch.h"
 #include "../neunorm.h"
-#include "../scan.h"
 #include "kernels.h"
+#include "scan.h"
 #include "vector.h"
 
 namespace stbp::cpu::STBP_ISA {
@@ -57,8 +57,6 @@ struct Tile {
   STBP_FN Row<T> write(T* to) const {
     return {to, count - kLanes};
   }
-  template <class T>
-  STBP_FN void flush(T*, Row<T>) const {}
   // Where the data come from memory: the hardware itself foresees the rest of a row, but not the next row.
   template <class T>
   STBP_FN void prefetch(const T* row, int i) const {
@@ -108,8 +106,6 @@ struct Remainder {
   STBP_FN Row<T> write(T* to) const {
     return {to, count};
   }
-  template <class T>
-  STBP_FN void flush(T*, Row<T>) const {}
   template <class T>
   STBP_FN void prefetch(const T*, int) const {}
 };

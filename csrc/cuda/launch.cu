@@ -4,7 +4,7 @@
 #include <string>
 
 #include "../build_info.h"
-#include "../dispatch.h"
+#include "dispatch.h"
 #include "launch.h"
 #include "neunorm.cuh"
 
@@ -35,17 +35,12 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// A GPU hides the latency of memory with about this many threads on each multiprocessor; where packs would leave fewer,
-// one neuron a thread spreads the work wider.
-constexpr int64_t kThreadsToFill = 1024;
-
-bool packs_fill(int64_t packs, int device) {
-  int processors = 0;
-  throw_on(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return packs >= processors * kThreadsToFill;
+DeviceProperties properties_of(int device) {
+  DeviceProperties properties{};
+  throw_on(cudaDeviceGetAttribute(&properties.processors, cudaDevAttrMultiProcessorCount, device),
+           "cudaDeviceGetAttribute");
+  return properties;
 }
-
-unsigned blocks_for(int64_t threads) { return unsigned((threads + kThreads - 1) / kThreads); }
 
 }  // namespace
 
@@ -53,14 +48,11 @@ template <class Scalar>
 void launch_forward(const LifForward<Scalar>& io, const LifOptions& options, int device, void* stream) {
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
-  constexpr int kPack = 16 / sizeof(Scalar);
-  const bool packed = packs_fit(io) && packs_fill(io.neurons / kPack, device);
-  visit_forward_neuron<Scalar>(options, [&](const auto& neuron) {
-    if (packed) {
-      lif_forward<kPack><<<blocks_for(io.neurons / kPack), kThreads, 0, on>>>(io, neuron);
-    } else {
-      lif_forward<1><<<blocks_for(io.neurons), kThreads, 0, on>>>(io, neuron);
-    }
+  const LifPlan plan = plan_lif(io.neurons, sizeof(Scalar), widest_pack(io), properties_of(device));
+  visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
+    visit_compiled_width<Scalar>(plan, [&](auto width) {
+      lif_forward<decltype(width)::value><<<unsigned(plan.blocks), plan.threads, 0, on>>>(io, plan, neuron);
+    });
   });
   throw_on(cudaGetLastError(), "launching lif_forward");
 }
@@ -69,14 +61,11 @@ template <class Scalar>
 void launch_backward(const LifBackward<Scalar>& io, const LifOptions& options, int device, void* stream) {
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
-  constexpr int kPack = 16 / sizeof(Scalar);
-  const bool packed = packs_fit(io) && packs_fill(io.neurons / kPack, device);
-  visit_backward_neuron<Scalar>(options, [&](const auto& neuron) {
-    if (packed) {
-      lif_backward<kPack><<<blocks_for(io.neurons / kPack), kThreads, 0, on>>>(io, neuron);
-    } else {
-      lif_backward<1><<<blocks_for(io.neurons), kThreads, 0, on>>>(io, neuron);
-    }
+  const LifPlan plan = plan_lif(io.neurons, sizeof(Scalar), widest_pack(io), properties_of(device));
+  visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
+    visit_compiled_width<Scalar>(plan, [&](auto width) {
+      lif_backward<decltype(width)::value><<<unsigned(plan.blocks), plan.threads, 0, on>>>(io, plan, neuron);
+    });
   });
   throw_on(cudaGetLastError(), "launching lif_backward");
 }
@@ -90,7 +79,7 @@ void launch_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& 
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
   const int64_t strips = neunorm_strips(io.positions);
-  visit_forward_neuron<Scalar>(options, [&](const auto& neuron) {
+  visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
     neunorm_forward<kWarps><<<unsigned(strips * io.batch), kWarps * kStrip, 0, on>>>(io, strips, neuron);
   });
   throw_on(cudaGetLastError(), "launching neunorm_forward");
@@ -101,7 +90,7 @@ void launch_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
   const int64_t strips = neunorm_strips(io.positions);
-  visit_backward_neuron<Scalar>(options, [&](const auto& neuron) {
+  visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
     neunorm_backward<kWarps><<<unsigned(strips * io.groups), kWarps * kStrip, 0, on>>>(io, strips, neuron);
   });
   throw_on(cudaGetLastError(), "launching neunorm_backward");

@@ -5,8 +5,11 @@
 
 namespace stbp::cuda {
 
-// K: a state is kept every 8 steps. A chunk's potentials live in registers: 8 x 4 floats a thread.
-constexpr int kChunk = 8;
+// Steps whose rows a thread loads, and whose potentials it keeps, at once: 8 x 4 floats are 32 registers.
+constexpr int kAtOnce = 8;
+// K: a state is kept every 16 steps, none where T is no more. To go back over twice as many steps as it has potentials
+// for costs a thread the currents of the others, 16 bytes for each, and to compute their potentials twice.
+constexpr int kChunk = 2 * kAtOnce;
 constexpr int kNeuNormChunk = 8;
 
 // Positions that a block has of the neurons with normalisation: one for each thread of a warp.

@@ -11,7 +11,9 @@
 
 namespace stbp::cuda {
 
-constexpr int kNeuNormBlocksPerProcessor = 2;  // of 256 threads: 128 registers for each
+// Blocks of 256 threads: at 2 a thread has 128 registers, at 1 255.
+template <class Scalar>
+constexpr int kNeuNormBlocks = sizeof(Scalar) == 8 ? 1 : 2;
 
 // A thread's view of its block.
 template <class State, int kWarps>
@@ -35,9 +37,7 @@ struct Block {
   }
   template <class T>
   __device__ __forceinline__ void set(T* to, State value) const {
-    Pack<T, 1> pack;
-    pack.set(0, value);
-    if (inside) pack.store(to);
+    if (inside) Pack<T, 1>::of({value}).store(to);
   }
 
   // Adds values[k] up over the warps, in their order, for all of them.
@@ -69,7 +69,7 @@ struct Block {
 
 // A block for every strip of every sample.
 template <int kWarps, class Scalar, class Neuron>
-__global__ void __launch_bounds__(kWarps* kStrip, kNeuNormBlocksPerProcessor)
+__global__ void __launch_bounds__(kWarps* kStrip, kNeuNormBlocks<Scalar>)
     neunorm_forward(const NeuNormForward<Scalar> io, const int64_t strips, Neuron neuron) {
   using State = state_t<Scalar>;
   using Team = Block<State, kWarps>;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kWarps* kStrip, kNeuNormBlocksPerProcessor)
 
 // A block for every strip of every group of samples, one after the other.
 template <int kWarps, class Scalar, class Neuron>
-__global__ void __launch_bounds__(kWarps* kStrip, kNeuNormBlocksPerProcessor)
+__global__ void __launch_bounds__(kWarps* kStrip, kNeuNormBlocks<Scalar>)
     neunorm_backward(const NeuNormBackward<Scalar> io, const int64_t strips, Neuron neuron) {
   using State = state_t<Scalar>;
   using Team = Block<State, kWarps>;

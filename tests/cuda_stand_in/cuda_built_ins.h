@@ -18,12 +18,21 @@ struct alignas(16) uint4 {
 struct Index {
   unsigned x;
 };
-inline Index blockIdx, blockDim, threadIdx;
+inline Index blockIdx, threadIdx;
 
 // The threads of a block meet here; run.h lets the others come.
 inline void __syncthreads();
 
+// Hints to the caches mean nothing here.
 template <class T>
 T __ldg(const T* from) {
   return *from;
+}
+template <class T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <class T>
+void __stcs(T* to, T value) {
+  *to = value;
 }

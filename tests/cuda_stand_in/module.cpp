@@ -14,10 +14,10 @@
 namespace stbp::cuda {
 
 // In kernels.cpp.
-#define STBP_ELSEWHERE(Scalar)                                                                        \
-  extern template void run_forward<Scalar>(const LifForward<Scalar>&, const LifOptions&, bool);       \
-  extern template void run_backward<Scalar>(const LifBackward<Scalar>&, const LifOptions&, bool);     \
-  extern template void run_neunorm_forward<Scalar>(const NeuNormForward<Scalar>&, const LifOptions&); \
+#define STBP_ELSEWHERE(Scalar)                                                                                       \
+  extern template void run_forward<Scalar>(const LifForward<Scalar>&, const LifOptions&, const LifPlan&, int64_t);   \
+  extern template void run_backward<Scalar>(const LifBackward<Scalar>&, const LifOptions&, const LifPlan&, int64_t); \
+  extern template void run_neunorm_forward<Scalar>(const NeuNormForward<Scalar>&, const LifOptions&);                \
   extern template void run_neunorm_backward<Scalar>(const NeuNormBackward<Scalar>&, const LifOptions&);
 STBP_ELSEWHERE(float)
 STBP_ELSEWHERE(double)
@@ -110,16 +110,21 @@ NeuNormBackward<Scalar> neunorm_backward_of(std::array<int64_t, 4> shape, double
 
 template <class Scalar>
 void bind(py::module_ m) {
-  m.attr("pack") = kPack<Scalar>;
+  std::vector<int> widths;
+  for (int width = 16; width > 0; width /= 2)
+    visit_compiled_width<Scalar>({width, 0, 0}, [&](auto compiled) {
+      if (compiled == width) widths.push_back(width);
+    });
+  m.attr("widths") = widths;
   // Neither keeps its arrays alive.
   py::class_<LifForward<Scalar>>(m, "Forward")
       .def(py::init(&forward<Scalar>))
-      .def("packs_fit", [](const LifForward<Scalar>& io) { return packs_fit(io); })
-      .def("launch", &run_forward<Scalar>);
+      .def("widest_pack", [](const LifForward<Scalar>& io) { return widest_pack(io); })
+      .def("launch", &run_forward<Scalar>, py::arg("options"), py::arg("plan"), py::arg("first_block") = 0);
   py::class_<LifBackward<Scalar>>(m, "Backward")
       .def(py::init(&backward<Scalar>))
-      .def("packs_fit", [](const LifBackward<Scalar>& io) { return packs_fit(io); })
-      .def("launch", &run_backward<Scalar>);
+      .def("widest_pack", [](const LifBackward<Scalar>& io) { return widest_pack(io); })
+      .def("launch", &run_backward<Scalar>, py::arg("options"), py::arg("plan"), py::arg("first_block") = 0);
   py::class_<NeuNormForward<Scalar>>(m, "NeuNormForward")
       .def(py::init(&neunorm_forward_of<Scalar>))
       .def("launch", &run_neunorm_forward<Scalar>);
@@ -136,7 +141,15 @@ std::vector<std::string> names(SurrogateList<Surrogate...>) {
 PYBIND11_MODULE(stand_in, m) {
   m.attr("surrogates") = names(Surrogates{});
   m.attr("chunk") = kChunk;
-  m.attr("threads") = kThreads;
+  m.attr("threads") = kMostThreads;
+  py::class_<LifPlan>(m, "Plan")
+      .def(py::init<int, int, int64_t>(), py::arg("width"), py::arg("threads"), py::arg("blocks"))
+      .def_readonly("width", &LifPlan::width)
+      .def_readonly("threads", &LifPlan::threads)
+      .def_readonly("blocks", &LifPlan::blocks);
+  m.def("plan_lif", [](int64_t neurons, int scalar_bytes, int widest, int processors) {
+    return plan_lif(neurons, scalar_bytes, widest, {processors});
+  });
   m.attr("neunorm_chunk") = kNeuNormChunk;
   m.def("neunorm_groups", &neunorm_groups);
   m.def("neunorm_strips", &neunorm_strips);

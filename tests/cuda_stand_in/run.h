@@ -11,41 +11,37 @@
 #include <memory>
 #include <vector>
 
+#include "../../csrc/cuda/dispatch.h"
 #include "../../csrc/cuda/neunorm.cuh"
-#include "../../csrc/dispatch.h"
 
 namespace stbp::cuda {
 
 // Every thread in turn, for the kernels let none wait for another; whole blocks, and so threads beyond the last neuron.
+// The blocks from `first` on: of more neurons than there is memory for, the tests run the last.
 template <class Kernel>
-void launch(int64_t threads, const Kernel& kernel) {
-  blockDim.x = kThreads;
-  for (blockIdx.x = 0; int64_t(blockIdx.x) * kThreads < threads; ++blockIdx.x)
-    for (threadIdx.x = 0; threadIdx.x < kThreads; ++threadIdx.x) kernel();
+void launch(const LifPlan& plan, int64_t first, const Kernel& kernel) {
+  for (int64_t block = first; block < plan.blocks; ++block)
+    for (int thread = 0; thread < plan.threads; ++thread) {
+      blockIdx.x = unsigned(block);
+      threadIdx.x = unsigned(thread);
+      kernel();
+    }
 }
 
 template <class Scalar>
-constexpr int kPack = 16 / sizeof(Scalar);
-
-template <class Scalar>
-void run_forward(const LifForward<Scalar>& io, const LifOptions& options, bool packed) {
-  visit_forward_neuron<Scalar>(options, [&](const auto& neuron) {
-    if (packed) {
-      launch(io.neurons / kPack<Scalar>, [&] { lif_forward<kPack<Scalar>>(io, neuron); });
-    } else {
-      launch(io.neurons, [&] { lif_forward<1>(io, neuron); });
-    }
+void run_forward(const LifForward<Scalar>& io, const LifOptions& options, const LifPlan& plan, int64_t first) {
+  visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
+    visit_compiled_width<Scalar>(
+        plan, [&](auto width) { launch(plan, first, [&] { lif_forward<decltype(width)::value>(io, plan, neuron); }); });
   });
 }
 
 template <class Scalar>
-void run_backward(const LifBackward<Scalar>& io, const LifOptions& options, bool packed) {
-  visit_backward_neuron<Scalar>(options, [&](const auto& neuron) {
-    if (packed) {
-      launch(io.neurons / kPack<Scalar>, [&] { lif_backward<kPack<Scalar>>(io, neuron); });
-    } else {
-      launch(io.neurons, [&] { lif_backward<1>(io, neuron); });
-    }
+void run_backward(const LifBackward<Scalar>& io, const LifOptions& options, const LifPlan& plan, int64_t first) {
+  visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
+    visit_compiled_width<Scalar>(plan, [&](auto width) {
+      launch(plan, first, [&] { lif_backward<decltype(width)::value>(io, plan, neuron); });
+    });
   });
 }
 
@@ -105,15 +101,14 @@ class Fibers {
 
 template <class Kernel>
 void launch_blocks(int64_t blocks, const Kernel& kernel) {
-  blockDim.x = kWarps * kStrip;
-  Fibers fibers(blockDim.x, kernel);
+  Fibers fibers(kWarps * kStrip, kernel);
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) fibers.run_block();
 }
 
 template <class Scalar>
 void run_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options) {
   const int64_t strips = neunorm_strips(io.positions);
-  visit_forward_neuron<Scalar>(options, [&](const auto& neuron) {
+  visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
     launch_blocks(strips * io.batch, [&] { neunorm_forward<kWarps>(io, strips, neuron); });
   });
 }
@@ -121,7 +116,7 @@ void run_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& opt
 template <class Scalar>
 void run_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options) {
   const int64_t strips = neunorm_strips(io.positions);
-  visit_backward_neuron<Scalar>(options, [&](const auto& neuron) {
+  visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
     launch_blocks(strips * io.groups, [&] { neunorm_backward<kWarps>(io, strips, neuron); });
   });
 }

@@ -1,11 +1,10 @@
 // The two loops over time, for a group of neighbouring neurons.
 //
-// Lanes is how a device holds such a group: a tile whose state lies in the L1 cache, or a few neurons in the registers
-// of a thread. It gives Value, what is computed with at once: a number or a vector of them; kWidth, the most Values it
-// holds, and width(), how many there are; kChunk, the K of "one state every K steps"; kStepsAtOnce, the steps that a
-// Value makes before the next one's turn; kStateInMemory, whether it costs anything to load and store a state; and
-// rows: read(p) of the neurons at p, with get(i), which is a Value; write(p), with set(i, Value) and set_spike(i,
-// Value), and flush(p, row), which ends the writing; prefetch(p, i), told what get(i) will soon want.
+// Lanes is such a group: a tile whose state lies in the L1 cache, or what is left of one. It gives Value, the vector
+// that is computed with at once; kWidth, the most Values it holds, and width(), how many there are; kChunk, the K of
+// "one state every K steps"; kStepsAtOnce, the steps that a Value makes before the next one's turn; kStateInMemory,
+// whether it costs anything to load and store a state; and rows: read(p) of the neurons at p, with get(i), which is a
+// Value; write(p), with set(i, Value) and set_spike(i, Value); prefetch(p, i), told what get(i) will soon want.
 //
 // The scans take their neuron by value: its constants, reached through a reference, would be read again inside the
 // loops.
@@ -14,18 +13,10 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "lif.h"
-#include "number.h"
+#include "../lif.h"
+#include "../number.h"
 
-#if defined(__CUDACC__)
-#define STBP_LANE_LOOP _Pragma("unroll")
-#define STBP_CHUNK_LOOP _Pragma("unroll")
-#define STBP_STEP_LOOP _Pragma("unroll")
-#else
-#define STBP_LANE_LOOP
-#define STBP_CHUNK_LOOP
 #define STBP_STEP_LOOP _Pragma("GCC unroll 8")
-#endif
 
 namespace stbp {
 
@@ -33,11 +24,9 @@ template <class Lanes, class Value, class State>
 STBP_FN void load_state(const Lanes& lanes, Value* v, const State* from) {
   const int width = lanes.width();
   if (from == nullptr) {
-    STBP_LANE_LOOP
     for (int i = 0; i < width; ++i) v[i] = Value{};
   } else {
     const auto row = lanes.read(from);
-    STBP_LANE_LOOP
     for (int i = 0; i < width; ++i) v[i] = row.get(i);
   }
 }
@@ -46,9 +35,7 @@ template <class Lanes, class Value, class State>
 STBP_FN void store_state(const Lanes& lanes, State* to, const Value* v) {
   const int width = lanes.width();
   auto row = lanes.write(to);
-  STBP_LANE_LOOP
   for (int i = 0; i < width; ++i) row.set(i, v[i]);
-  lanes.flush(to, row);
 }
 
 // The rows of a few neighbouring steps.
@@ -69,10 +56,6 @@ struct WrittenRows {
     STBP_STEP_LOOP
     for (int k = 0; k < kSteps; ++k) row[k] = lanes.write(to + k * neurons);
   }
-  STBP_FN void flush(const Lanes& lanes, T* to, int64_t neurons) {
-    STBP_STEP_LOOP
-    for (int k = 0; k < kSteps; ++k) lanes.flush(to + k * neurons, row[k]);
-  }
 };
 
 // kSteps steps of all neurons; the state is loaded once for all of them, unless it is zero, and stored once, if it is
@@ -84,7 +67,6 @@ STBP_FN void advance(const Lanes& lanes, const Neuron& neuron, const Scalar* x, 
   const int width = lanes.width();
   const ReadRows<kSteps, Lanes, Scalar> in(lanes, x, neurons);
   WrittenRows<kSteps, Lanes, Scalar> out(lanes, spikes, neurons);
-  STBP_LANE_LOOP
   for (int i = 0; i < width; ++i) {
     Value current[kSteps], fired[kSteps];
     STBP_STEP_LOOP
@@ -96,7 +78,6 @@ STBP_FN void advance(const Lanes& lanes, const Neuron& neuron, const Scalar* x, 
     STBP_STEP_LOOP
     for (int k = 0; k < kSteps; ++k) out.row[k].set_spike(i, fired[k]);
   }
-  out.flush(lanes, spikes, neurons);
 }
 
 // The same, keeping the charged potentials of each step in u[k] and no spikes.
@@ -105,7 +86,6 @@ STBP_FN void recompute(const Lanes& lanes, const Neuron& neuron, const Scalar* x
                        bool from_zero, Value (*u)[Lanes::kWidth]) {
   const int width = lanes.width();
   const ReadRows<kSteps, Lanes, Scalar> in(lanes, x, neurons);
-  STBP_LANE_LOOP
   for (int i = 0; i < width; ++i) {
     Value current[kSteps], unused;
     STBP_STEP_LOOP
@@ -127,7 +107,6 @@ STBP_FN void go_back(const Lanes& lanes, const Neuron& neuron, const Value (*u)[
   const int width = lanes.width();
   const ReadRows<kSteps, Lanes, Scalar> in(lanes, grad_spikes, neurons);
   WrittenRows<kSteps, Lanes, Scalar> out(lanes, grad_x, neurons);
-  STBP_LANE_LOOP
   for (int i = 0; i < width; ++i) {
     Value gradient[kSteps];
     STBP_STEP_LOOP
@@ -142,7 +121,6 @@ STBP_FN void go_back(const Lanes& lanes, const Neuron& neuron, const Value (*u)[
     STBP_STEP_LOOP
     for (int k = 0; k < kSteps; ++k) out.row[k].set(i, gradient[k]);
   }
-  out.flush(lanes, grad_x, neurons);
 }
 
 // The last kSteps of a chunk, there and back at once: their potentials never leave the registers.
@@ -153,7 +131,6 @@ STBP_FN void turn(const Lanes& lanes, const Neuron& neuron, const Scalar* x, con
   const int width = lanes.width();
   const ReadRows<kSteps, Lanes, Scalar> in(lanes, x, neurons), grad_in(lanes, grad_spikes, neurons);
   WrittenRows<kSteps, Lanes, Scalar> out(lanes, grad_x, neurons);
-  STBP_LANE_LOOP
   for (int i = 0; i < width; ++i) {
     Value u[kSteps], gradient[kSteps], unused;
     STBP_STEP_LOOP
@@ -174,7 +151,6 @@ STBP_FN void turn(const Lanes& lanes, const Neuron& neuron, const Scalar* x, con
     STBP_STEP_LOOP
     for (int k = 0; k < kSteps; ++k) out.row[k].set(i, gradient[k]);
   }
-  out.flush(lanes, grad_x, neurons);
 }
 
 template <class Lanes, class Neuron, class Scalar>
@@ -194,9 +170,7 @@ STBP_FN void forward_scan(const Lanes& lanes, const Neuron neuron, const LifForw
   Scalar* spikes = io.spikes + first;
   State* states = io.states ? io.states + first : nullptr;
   for (int64_t start = 0; start < io.steps; start += kChunk) {
-    // Whole chunks have a constant number of steps, so that a GPU's loads of all of them are issued together.
     const int64_t left = io.steps - start;
-    STBP_CHUNK_LOOP
     for (int k = 0; k < kChunk; k += kSteps) {
       if (left - k >= kSteps) {
         advance<kSteps>(lanes, neuron, x, spikes, io.neurons, v, from_zero, needed_after(start + k + kSteps));
@@ -276,12 +250,10 @@ STBP_FN void backward_scan(const Lanes& lanes, const Neuron neuron, const LifBac
     } else {
       static_assert(kSteps == 1);
       constexpr std::integral_constant<int, 1> one;
-      STBP_CHUNK_LOOP
       for (int k = 0; k < kChunk; ++k) {
         if (k >= left) break;
         recompute_at(one, k);
       }
-      STBP_CHUNK_LOOP
       for (int k = kChunk - 1; k >= 0; --k) {
         if (k >= left) continue;
         go_back_at(one, k);
