@@ -55,6 +55,7 @@ struct LifConstants {
 // How a neuron fires: the spikes users train with, or the surrogate's antiderivative, with which the whole network is
 // differentiable and its gradient can be checked numerically. `fire` tells who fired: a condition, or how much.
 struct Heaviside {
+  static constexpr bool kBinary = true;
   template <class State, class Surrogate, class V>
   static STBP_FN auto fire(const LifConstants<State>& c, const Surrogate&, V u) {
     return Math<V>::at_least(u, broadcast<V>(c.fires_at));
@@ -66,6 +67,7 @@ struct Heaviside {
 };
 
 struct Smooth {
+  static constexpr bool kBinary = false;
   template <class State, class Surrogate, class V>
   static STBP_FN V fire(const LifConstants<State>& c, const Surrogate& surrogate, V u) {
     return surrogate.antiderivative(u - c.v_threshold);
@@ -170,6 +172,7 @@ struct EitherReset {
 template <class State_, class Reset, class Firing, class Surrogate>
 struct Lif {
   using State = State_;
+  static constexpr bool kBinary = Firing::kBinary;  // spikes are 0 or 1
   LifConstants<State> c;
   Surrogate surrogate;
 

@@ -307,7 +307,14 @@ def run_neunorm_stand_in(
     grad_weight = blank((groups, features, positions), state)
     grad_decays = blank((groups, strips, 2), state) if case.learned else None
     both = (case.norm_decay, squared)
-    kernels.NeuNormForward(shape, *both, x, weight, decays, normalised, sums, maps, states).launch(options)
+    plan = stand_in.plan_neunorm_forward(case.batch, features, positions)
+    assert plan.shared_bytes == features * STRIP
+    forward = kernels.NeuNormForward(shape, *both, x, weight, decays, normalised, sums, maps, states)
+    forward.launch(options, plan)
+    # Of too many features for the shared memory.
+    from_shared = normalised.copy()
+    forward.launch(options, stand_in.NeuNormPlan(plan.strips, plan.blocks, 0))
+    assert (from_shared == normalised).all()
     kernels.NeuNormBackward(
         shape, *both, groups, x, weight, decays, sums, maps, states, gradient, grad_x, grad_weight, grad_decays, carried
     ).launch(options)
@@ -364,6 +371,12 @@ def test_neunorm_with_smooth_spikes_agrees_with_the_reference(
         assert (ours is None) == (theirs is None)
         if ours is not None and theirs is not None:
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
+def test_shared_memory_is_never_too_large(stand_in: ModuleType) -> None:
+    assert stand_in.plan_neunorm_forward(3, 1024, 33).shared_bytes == 32 * 1024
+    assert stand_in.plan_neunorm_forward(3, 1025, 33).shared_bytes == 0
+    assert stand_in.plan_neunorm_forward(3, 1025, 33).blocks == 6
 
 
 def test_groups_of_samples(stand_in: ModuleType) -> None:

@@ -133,9 +133,10 @@ constexpr int kAhead = 4;
 template <class Scalar, int kWidth>
 constexpr int kForwardBlocks = sizeof(Scalar) * kWidth == 16 || sizeof(Scalar) == 8 ? 4 : 8;
 template <class Scalar, int kWidth>
-constexpr int kBackwardBlocks = sizeof(Scalar) * kWidth == 16 ? (sizeof(Scalar) == 2 ? 2 : 3)
-                                : sizeof(Scalar) == 8         ? 4
-                                                              : 8;
+constexpr int kBackwardBlocks = sizeof(Scalar) == 8             ? 3
+                                : sizeof(Scalar) * kWidth == 16 ? (sizeof(Scalar) == 2 ? 2 : 3)
+                                : kWidth == 2                   ? 6
+                                                                : 8;
 
 template <int kWidth, class Scalar, class Neuron>
 __global__ void __launch_bounds__(kMostThreads, (kForwardBlocks<Scalar, kWidth>))

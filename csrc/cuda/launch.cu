@@ -78,9 +78,10 @@ template <class Scalar>
 void launch_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, int device, void* stream) {
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
-  const int64_t strips = neunorm_strips(io.positions);
+  const NeuNormPlan plan = plan_neunorm_forward(io.batch, io.features, io.positions);
   visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
-    neunorm_forward<kWarps><<<unsigned(strips * io.batch), kWarps * kStrip, 0, on>>>(io, strips, neuron);
+    neunorm_forward<kWarps>
+        <<<unsigned(plan.blocks), kWarps * kStrip, size_t(plan.shared_bytes), on>>>(io, plan, neuron);
   });
   throw_on(cudaGetLastError(), "launching neunorm_forward");
 }
@@ -89,9 +90,9 @@ template <class Scalar>
 void launch_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options, int device, void* stream) {
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
-  const int64_t strips = neunorm_strips(io.positions);
+  const NeuNormPlan plan = plan_neunorm_backward(io.groups, io.positions);
   visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
-    neunorm_backward<kWarps><<<unsigned(strips * io.groups), kWarps * kStrip, 0, on>>>(io, strips, neuron);
+    neunorm_backward<kWarps><<<unsigned(plan.blocks), kWarps * kStrip, 0, on>>>(io, plan, neuron);
   });
   throw_on(cudaGetLastError(), "launching neunorm_backward");
 }

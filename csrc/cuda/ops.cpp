@@ -7,6 +7,7 @@
 
 #include "../operators.h"
 #include "launch.h"
+#include "plan.h"
 
 namespace stbp {
 namespace {

@@ -39,4 +39,35 @@ inline LifPlan plan_lif(int64_t neurons, int scalar_bytes, int widest, const Dev
   return plan;
 }
 
+struct NeuNormPlan {
+  int64_t strips;    // of positions
+  int64_t blocks;    // strips x samples, or strips x groups of them
+  int shared_bytes;  // for the spikes of a chunk, a bit for each step; 0 where they wait in the output itself
+};
+
+// Positions that a block has: one for each thread of a warp.
+constexpr int kStrip = 32;
+
+inline int64_t neunorm_strips(int64_t positions) { return (positions + kStrip - 1) / kStrip; }
+
+// Enough blocks for any GPU, and the same number on all of them, as the sums over a group are rounded by themselves.
+inline int64_t neunorm_groups(int64_t batch, int64_t positions) {
+  constexpr int64_t kBlocks = 1024;
+  const int64_t strips = neunorm_strips(positions);
+  const int64_t groups = strips > 0 ? (kBlocks + strips - 1) / strips : 1;
+  return groups < batch ? groups : batch > 0 ? batch : 1;
+}
+
+// Of F features. What a block may have without asking for more is 48 KB, of which the sums take up to 16.
+inline NeuNormPlan plan_neunorm_forward(int64_t batch, int64_t features, int64_t positions) {
+  constexpr int64_t kMostShared = 32 * 1024;
+  const int64_t strips = neunorm_strips(positions), bytes = features * kStrip;
+  return {strips, strips * batch, bytes <= kMostShared ? int(bytes) : 0};
+}
+
+inline NeuNormPlan plan_neunorm_backward(int64_t groups, int64_t positions) {
+  const int64_t strips = neunorm_strips(positions);
+  return {strips, strips * groups, 0};
+}
+
 }  // namespace stbp::cuda

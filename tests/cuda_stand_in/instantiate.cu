@@ -10,16 +10,16 @@ using Scalar = STBP_SCALAR;
 
 void instantiate(const LifForward<Scalar>& forward, const LifBackward<Scalar>& backward,
                  const NeuNormForward<Scalar>& norm_forward, const NeuNormBackward<Scalar>& norm_backward,
-                 const LifOptions& options, const LifPlan& plan) {
+                 const LifOptions& options, const LifPlan& plan, const NeuNormPlan& norm_plan) {
   visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
     visit_compiled_width<Scalar>(
         plan, [&](auto width) { lif_forward<decltype(width)::value><<<1, 1>>>(forward, plan, neuron); });
-    neunorm_forward<8><<<1, 1>>>(norm_forward, 1, neuron);
+    neunorm_forward<8><<<1, 1>>>(norm_forward, norm_plan, neuron);
   });
   visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
     visit_compiled_width<Scalar>(
         plan, [&](auto width) { lif_backward<decltype(width)::value><<<1, 1>>>(backward, plan, neuron); });
-    neunorm_backward<8><<<1, 1>>>(norm_backward, 1, neuron);
+    neunorm_backward<8><<<1, 1>>>(norm_backward, norm_plan, neuron);
   });
 }
 

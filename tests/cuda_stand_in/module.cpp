@@ -17,7 +17,8 @@ namespace stbp::cuda {
 #define STBP_ELSEWHERE(Scalar)                                                                                       \
   extern template void run_forward<Scalar>(const LifForward<Scalar>&, const LifOptions&, const LifPlan&, int64_t);   \
   extern template void run_backward<Scalar>(const LifBackward<Scalar>&, const LifOptions&, const LifPlan&, int64_t); \
-  extern template void run_neunorm_forward<Scalar>(const NeuNormForward<Scalar>&, const LifOptions&);                \
+  extern template void run_neunorm_forward<Scalar>(const NeuNormForward<Scalar>&, const LifOptions&,                 \
+                                                   const NeuNormPlan&);                                              \
   extern template void run_neunorm_backward<Scalar>(const NeuNormBackward<Scalar>&, const LifOptions&);
 STBP_ELSEWHERE(float)
 STBP_ELSEWHERE(double)
@@ -151,6 +152,12 @@ PYBIND11_MODULE(stand_in, m) {
     return plan_lif(neurons, scalar_bytes, widest, {processors});
   });
   m.attr("neunorm_chunk") = kNeuNormChunk;
+  py::class_<NeuNormPlan>(m, "NeuNormPlan")
+      .def(py::init<int64_t, int64_t, int>(), py::arg("strips"), py::arg("blocks"), py::arg("shared_bytes"))
+      .def_readonly("strips", &NeuNormPlan::strips)
+      .def_readonly("blocks", &NeuNormPlan::blocks)
+      .def_readonly("shared_bytes", &NeuNormPlan::shared_bytes);
+  m.def("plan_neunorm_forward", &plan_neunorm_forward);
   m.def("neunorm_groups", &neunorm_groups);
   m.def("neunorm_strips", &neunorm_strips);
   py::class_<LifOptions>(m, "Options")

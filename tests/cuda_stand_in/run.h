@@ -11,6 +11,12 @@
 #include <memory>
 #include <vector>
 
+namespace stbp::cuda {
+// Of the block that runs.
+inline unsigned char* shared_memory = nullptr;
+inline unsigned char* shared_bytes() { return shared_memory; }
+}  // namespace stbp::cuda
+
 #include "../../csrc/cuda/dispatch.h"
 #include "../../csrc/cuda/neunorm.cuh"
 
@@ -106,18 +112,19 @@ void launch_blocks(int64_t blocks, const Kernel& kernel) {
 }
 
 template <class Scalar>
-void run_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options) {
-  const int64_t strips = neunorm_strips(io.positions);
+void run_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, const NeuNormPlan& plan) {
+  const std::unique_ptr<unsigned char[]> shared(new unsigned char[size_t(plan.shared_bytes)]);
+  shared_memory = shared.get();
   visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
-    launch_blocks(strips * io.batch, [&] { neunorm_forward<kWarps>(io, strips, neuron); });
+    launch_blocks(plan.blocks, [&] { neunorm_forward<kWarps>(io, plan, neuron); });
   });
 }
 
 template <class Scalar>
 void run_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options) {
-  const int64_t strips = neunorm_strips(io.positions);
+  const NeuNormPlan plan = plan_neunorm_backward(io.groups, io.positions);
   visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
-    launch_blocks(strips * io.groups, [&] { neunorm_backward<kWarps>(io, strips, neuron); });
+    launch_blocks(plan.blocks, [&] { neunorm_backward<kWarps>(io, plan, neuron); });
   });
 }
 
