@@ -133,7 +133,7 @@ constexpr int kAhead = 4;
 template <class Scalar, int kWidth>
 constexpr int kForwardBlocks = sizeof(Scalar) * kWidth == 16 || sizeof(Scalar) == 8 ? 4 : 8;
 template <class Scalar, int kWidth>
-constexpr int kBackwardBlocks = sizeof(Scalar) == 8             ? 3
+constexpr int kBackwardBlocks = sizeof(Scalar) == 8             ? 2
                                 : sizeof(Scalar) * kWidth == 16 ? (sizeof(Scalar) == 2 ? 2 : 3)
                                 : kWidth == 2                   ? 6
                                                                 : 8;

@@ -18,7 +18,7 @@ struct alignas(16) uint4 {
 struct Index {
   unsigned x;
 };
-inline Index blockIdx, threadIdx;
+inline thread_local Index blockIdx, threadIdx;
 
 // The threads of a block meet here; run.h lets the others come.
 inline void __syncthreads();

@@ -3,12 +3,14 @@
 
 #include "cuda_built_ins.h"
 
+#include <pthread.h>
 #include <ucontext.h>
 
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <thread>
 #include <vector>
 
 namespace stbp::cuda {
@@ -55,6 +57,9 @@ void run_backward(const LifBackward<Scalar>& io, const LifOptions& options, cons
 // __syncthreads() to the next. Where one is missing, a thread finds what another one has not yet written, or overwrites
 // what it has not yet read, every time.
 constexpr int kWarps = 2;
+#ifndef STBP_THREADS
+
+constexpr bool kSystemThreads = false;
 
 class Fibers {
  public:
@@ -111,6 +116,35 @@ void launch_blocks(int64_t blocks, const Kernel& kernel) {
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) fibers.run_block();
 }
 
+inline void wait_for_block() { Fibers::wait(); }
+
+#else
+
+// The same with threads of the system, for ThreadSanitizer to watch.
+constexpr bool kSystemThreads = true;
+inline pthread_barrier_t barrier;
+inline void wait_for_block() { pthread_barrier_wait(&barrier); }
+
+template <class Kernel>
+void launch_blocks(int64_t blocks, const Kernel& kernel) {
+  constexpr unsigned kThreads = kWarps * kStrip;
+  pthread_barrier_init(&barrier, nullptr, kThreads);
+  std::vector<std::thread> threads;
+  for (unsigned i = 0; i < kThreads; ++i) {
+    threads.emplace_back([&, i] {
+      threadIdx.x = i;
+      for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+        kernel();
+        wait_for_block();  // the next block has the same shared memory
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  pthread_barrier_destroy(&barrier);
+}
+
+#endif
+
 template <class Scalar>
 void run_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, const NeuNormPlan& plan) {
   const std::unique_ptr<unsigned char[]> shared(new unsigned char[size_t(plan.shared_bytes)]);
@@ -130,4 +164,4 @@ void run_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& o
 
 }  // namespace stbp::cuda
 
-inline void __syncthreads() { stbp::cuda::Fibers::wait(); }
+inline void __syncthreads() { stbp::cuda::wait_for_block(); }

@@ -1,0 +1,277 @@
+// Runs the CUDA kernels on the CPU against plain loops over time around neuron.h, for shapes around the ends of packs,
+// blocks, chunks and strips. Exits with 1 at the first difference. tests/test_mutants.py compiles it in seconds, for
+// itself and with the kernels broken on purpose.
+
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <initializer_list>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "run.h"
+
+namespace stbp::cuda {
+namespace {
+
+using Neuron = Lif<float, EitherReset, Heaviside, Rectangular<float>>;
+
+LifOptions options_of(bool soft) { return {0.5, 0.75, soft ? 0.0 : -0.125, soft, false, false, false, false, 0, 1.0}; }
+
+Neuron neuron_of(const LifOptions& options) {
+  return {LifConstants<float>(options), Rectangular<float>(options.width)};
+}
+
+void demand(bool met, const char* what) {
+  if (met) return;
+  std::printf("differs: %s\n", what);
+  std::exit(1);
+}
+
+template <class Scalar>
+std::vector<Scalar> random_row(int64_t size, float low, float high) {
+  static std::mt19937 generator(0);
+  std::vector<Scalar> row(static_cast<size_t>(size));
+  for (Scalar& value : row) value = Rounded<Scalar>::from(std::uniform_real_distribution<float>(low, high)(generator));
+  return row;
+}
+
+template <class Scalar>
+std::vector<Scalar> unwritten(int64_t size) {
+  return std::vector<Scalar>(static_cast<size_t>(size), Rounded<Scalar>::from(std::numeric_limits<float>::quiet_NaN()));
+}
+
+template <class T>
+bool same(T a, T b) {
+  return to_state(a) == to_state(b);
+}
+
+// Of one neuron, as the reference has it: T spikes, and T gradients.
+template <class Scalar>
+struct Expected {
+  std::vector<Scalar> spikes, grad_x;
+  float final_potential, grad_initial;
+
+  template <class X, class Gradient>
+  Expected(const Neuron& neuron, int64_t steps, const X& x, const Gradient& gradient, float v, float grad_v) {
+    std::vector<float> u;
+    for (int64_t t = 0; t < steps; ++t) {
+      float o;
+      u.push_back(neuron.step(v, x(t), o));
+      spikes.push_back(Rounded<Scalar>::from(o));
+    }
+    final_potential = v;
+    grad_x.resize(u.size());
+    for (int64_t t = steps - 1; t >= 0; --t)
+      grad_x[size_t(t)] = Rounded<Scalar>::from(neuron.step_back(u[size_t(t)], gradient(t), grad_v));
+    grad_initial = grad_v;
+  }
+};
+
+template <class Scalar>
+void check_lif(int64_t steps, int64_t neurons, int width, int threads, bool soft) {
+  const LifOptions options = options_of(soft);
+  const auto x = random_row<Scalar>(steps * neurons, -0.5f, 1.5f),
+             gradient = random_row<Scalar>(steps * neurons, -1, 1);
+  const auto initial = random_row<float>(neurons, -1, 1), grad_final = random_row<float>(neurons, -1, 1);
+  auto spikes = unwritten<Scalar>(steps * neurons), grad_x = unwritten<Scalar>(steps * neurons);
+  auto final_potential = unwritten<float>(neurons), grad_initial = unwritten<float>(neurons);
+  auto states = unwritten<float>((steps - 1) / kChunk * neurons);
+  const LifForward<Scalar> forward{
+      steps, neurons, x.data(), initial.data(), spikes.data(), final_potential.data(), states.data()};
+  const LifBackward<Scalar> backward{
+      steps,           neurons,           x.data(),      initial.data(),     states.data(),
+      gradient.data(), grad_final.data(), grad_x.data(), grad_initial.data()};
+  if (width > widest_pack(forward) || width > widest_pack(backward)) return;
+  const int64_t block = int64_t(width) * threads;
+  const LifPlan plan{width, threads, (neurons + block - 1) / block};
+  const Neuron neuron = neuron_of(options);
+  const auto run = [&](auto compiled) {
+    launch(plan, 0, [&] { lif_forward<decltype(compiled)::value>(forward, plan, neuron); });
+    launch(plan, 0, [&] { lif_backward<decltype(compiled)::value>(backward, plan, neuron); });
+  };
+  visit_compiled_width<Scalar>(plan, run);
+  for (int64_t n = 0; n < neurons; ++n) {
+    const auto at = [&](const std::vector<Scalar>& rows) {
+      return [&rows, n, neurons](int64_t t) { return to_state(rows[size_t(t * neurons + n)]); };
+    };
+    const Expected<Scalar> expected(neuron, steps, at(x), at(gradient), initial[size_t(n)], grad_final[size_t(n)]);
+    for (int64_t t = 0; t < steps; ++t) {
+      const auto place = size_t(t * neurons + n);
+      demand(same(spikes[place], expected.spikes[size_t(t)]), "spikes");
+      demand(same(grad_x[place], expected.grad_x[size_t(t)]), "dL/dx");
+    }
+    demand(same(final_potential[size_t(n)], expected.final_potential), "the final potential");
+    demand(same(grad_initial[size_t(n)], expected.grad_initial), "dL/dv[0]");
+  }
+}
+
+// Pointers that allow no pack must not be given one.
+void check_alignment() {
+  std::vector<float> rows(9);
+  const auto widest = [](float* x) { return widest_pack(LifForward<float>{1, 8, x, nullptr, x, nullptr, nullptr}); };
+  auto* const aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(rows.data()) + 15) / 16 * 16);
+  demand(widest(aligned) == 4 && widest(aligned + 1) == 1 && widest(aligned + 2) == 2, "the width that fits");
+}
+
+// Address space without memory, but for the pages that are touched.
+template <class T>
+T* reserve(int64_t size) {
+  void* const memory = mmap(nullptr, size_t(size) * sizeof(T), PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) {
+    std::perror("mmap");
+    std::exit(2);
+  }
+  return static_cast<T*>(memory);
+}
+
+// More than 2^31 neurons: the last block alone, at the addresses that all of them would have.
+void check_large() {
+  constexpr int64_t kSteps = kChunk + 1, kNeurons = (int64_t(1) << 31) + 8 * 40;
+  const LifPlan plan = plan_lif(kNeurons, sizeof(Half), 8, {132});
+  demand(plan.width == 8, "a plan for many neurons");
+  auto* const x = reserve<Half>(kSteps * kNeurons);
+  auto* const spikes = reserve<Half>(kSteps * kNeurons);
+  auto* const states = reserve<float>(kNeurons);
+  auto* const gradient = reserve<Half>(kSteps * kNeurons);
+  auto* const grad_x = reserve<Half>(kSteps * kNeurons);
+  const int64_t first = (plan.blocks - 1) * plan.threads * plan.width;
+  for (int64_t t = 0; t < kSteps; ++t)
+    for (int64_t n = first; n < kNeurons; ++n) {
+      x[t * kNeurons + n] = Rounded<Half>::from(float((n * 7 + t * 3) % 11) / 8);
+      gradient[t * kNeurons + n] = Rounded<Half>::from(float((n * 5 + t) % 7) / 8);
+    }
+  const Neuron neuron = neuron_of(options_of(false));
+  const LifForward<Half> forward{kSteps, kNeurons, x, nullptr, spikes, nullptr, states};
+  const LifBackward<Half> backward{kSteps, kNeurons, x, nullptr, states, gradient, nullptr, grad_x, nullptr};
+  launch(plan, plan.blocks - 1, [&] { lif_forward<8>(forward, plan, neuron); });
+  launch(plan, plan.blocks - 1, [&] { lif_backward<8>(backward, plan, neuron); });
+  for (int64_t n = first; n < kNeurons; ++n) {
+    const auto at = [&](const Half* rows) { return [rows, n](int64_t t) { return to_state(rows[t * kNeurons + n]); }; };
+    const Expected<Half> expected(neuron, kSteps, at(x), at(gradient), 0, 0);
+    for (int64_t t = 0; t < kSteps; ++t) {
+      demand(same(spikes[t * kNeurons + n], expected.spikes[size_t(t)]), "spikes of many neurons");
+      demand(same(grad_x[t * kNeurons + n], expected.grad_x[size_t(t)]), "dL/dx of many neurons");
+    }
+  }
+}
+
+bool near(float a, float b) { return std::abs(a - b) <= 1e-5f * (1 + std::abs(b)); }
+
+void check_neunorm(int64_t steps, int64_t batch, int64_t features, int64_t positions, int64_t groups, bool in_shared) {
+  const LifOptions options = options_of(false);
+  const Neuron neuron = neuron_of(options);
+  const int64_t all = steps * batch * features * positions, maps = steps * batch * positions;
+  const int64_t kept = (steps - 1) / kNeuNormChunk, weights = features * positions, strips = neunorm_strips(positions);
+  const auto x = random_row<float>(all, -0.5f, 1.5f), gradient = random_row<float>(all, -1, 1);
+  const auto weight = random_row<float>(weights, 0, 1);
+  const std::vector<float> decays{0.5f, 0.75f};
+  auto normalised = unwritten<float>(all), grad_x = unwritten<float>(all);
+  auto sums = unwritten<float>(maps), a = unwritten<float>(maps);
+  auto states = unwritten<float>(kept * batch * weights), carried = unwritten<float>(groups * weights);
+  auto grad_weight = unwritten<float>(groups * weights), grad_decays = unwritten<float>(groups * strips * 2);
+  NeuNormPlan plan = plan_neunorm_forward(batch, features, positions);
+  if (!in_shared) plan.shared_bytes = 0;
+  const NeuNormForward<float> forward{steps,       batch,    features,      positions,     0.75f,
+                                      false,       x.data(), weight.data(), decays.data(), normalised.data(),
+                                      sums.data(), a.data(), states.data()};
+  const NeuNormBackward<float> backward{steps,
+                                        batch,
+                                        features,
+                                        positions,
+                                        0.75f,
+                                        false,
+                                        groups,
+                                        x.data(),
+                                        weight.data(),
+                                        decays.data(),
+                                        sums.data(),
+                                        a.data(),
+                                        states.data(),
+                                        gradient.data(),
+                                        grad_x.data(),
+                                        grad_weight.data(),
+                                        grad_decays.data(),
+                                        carried.data()};
+  std::vector<unsigned char> shared(static_cast<size_t>(plan.shared_bytes));
+  shared_memory = shared.data();
+  launch_blocks(plan.blocks, [&] { neunorm_forward<kWarps>(forward, plan, neuron); });
+  const NeuNormPlan back = plan_neunorm_backward(groups, positions);
+  launch_blocks(back.blocks, [&] { neunorm_backward<kWarps>(backward, back, neuron); });
+
+  const float gain = (1 - decays[1]) / float(features);
+  std::vector<double> weight_total(static_cast<size_t>(weights));
+  double decay_total = 0, norm_decay_total = 0;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t p = 0; p < positions; ++p) {
+      const auto at = [&](int64_t t, int64_t c) { return size_t(((t * batch + b) * features + c) * positions + p); };
+      const auto zeros = [](int64_t size) { return std::vector<float>(static_cast<size_t>(size)); };
+      auto v = zeros(features), u = zeros(steps * features), before = u, map = zeros(steps), s = map;
+      for (int64_t t = 0; t < steps; ++t) {
+        auto o = zeros(features);
+        for (int64_t c = 0; c < features; ++c) {
+          before[size_t(t * features + c)] = v[size_t(c)];
+          u[size_t(t * features + c)] = neuron.step(v[size_t(c)], x[at(t, c)], o[size_t(c)]);
+          s[size_t(t)] += o[size_t(c)];
+        }
+        map[size_t(t)] = decays[1] * (t ? map[size_t(t - 1)] : 0) + gain * s[size_t(t)];
+        for (int64_t c = 0; c < features; ++c)
+          demand(same(normalised[at(t, c)], o[size_t(c)] - weight[size_t(c * positions + p)] * map[size_t(t)]),
+                 "normalised spikes");
+      }
+      auto grad_v = zeros(features);
+      float grad_map = 0;
+      for (int64_t t = steps - 1; t >= 0; --t) {
+        grad_map *= decays[1];
+        for (int64_t c = 0; c < features; ++c) {
+          grad_map -= weight[size_t(c * positions + p)] * gradient[at(t, c)];
+          weight_total[size_t(c * positions + p)] -= double(gradient[at(t, c)] * map[size_t(t)]);
+        }
+        norm_decay_total += double(grad_map * ((t ? map[size_t(t - 1)] : 0) - s[size_t(t)] / float(features)));
+        for (int64_t c = 0; c < features; ++c) {
+          const float grad_u =
+              neuron.step_back(u[size_t(t * features + c)], gradient[at(t, c)] + gain * grad_map, grad_v[size_t(c)]);
+          decay_total += double(grad_u * before[size_t(t * features + c)]);
+          demand(near(grad_x[at(t, c)], grad_u), "dL/dx with normalisation");
+        }
+      }
+    }
+  for (int64_t i = 0; i < weights; ++i) {
+    double found = 0;
+    for (int64_t group = 0; group < groups; ++group) found += double(grad_weight[size_t(group * weights + i)]);
+    demand(near(float(found), float(weight_total[size_t(i)])), "dL/dU");
+  }
+  double found[2] = {0, 0};
+  for (size_t i = 0; i < grad_decays.size(); ++i) found[i % 2] += double(grad_decays[i]);
+  demand(std::abs(found[0] - decay_total) <= 1e-3, "dL/ddecay");
+  demand(std::abs(found[1] - norm_decay_total) <= 1e-3, "dL/dnorm_decay");
+}
+
+}  // namespace
+}  // namespace stbp::cuda
+
+int main() {
+  using namespace stbp;
+  using namespace stbp::cuda;
+  if (!kSystemThreads) {  // for which the kernels without barriers are nothing new
+    check_alignment();
+    for (const bool soft : {false, true})
+      for (const int64_t steps : {1, 7, 8, 9, 16, 17, 24, 25, 41})
+        for (const int64_t neurons : {0, 1, 24, 8 * 33, 8 * 34 + 2, 8 * 34 + 5})
+          for (const int width : {1, 2, 4, 8}) {
+            if (width != 2 && width != 8) check_lif<float>(steps, neurons, width, 32, soft);
+            if (width != 4) check_lif<Half>(steps, neurons, width, 32, soft);
+          }
+    check_large();
+  }
+  for (const bool in_shared : {true, false}) {
+    check_neunorm(2 * kNeuNormChunk + 3, 2, 5, kStrip + 1, 1, in_shared);
+    check_neunorm(kNeuNormChunk + 1, 3, 3, 1, 2, in_shared);
+    check_neunorm(3, 1, 1, kStrip, 1, in_shared);
+  }
+  std::puts("all the same");
+}
