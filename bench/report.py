@@ -34,7 +34,7 @@ class Source:
     """Where results are, and of which devices; of several the first is taken."""
 
     folder: Path = RESULTS
-    devices: tuple[str, ...] = ("cpu",)
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 source = Source()
@@ -224,11 +224,47 @@ def kernels() -> str:
     return about(result["machine"]) + table(head, rows)
 
 
+def compiled() -> str:
+    result = load("model")
+    architectures = list(dict.fromkeys(kernel["architecture"] for kernel in result["kernels"]))
+    cells: dict[tuple[str, str, int], dict[str, list[tuple[int, int]]]] = {}
+    for kernel in result["kernels"]:
+        row = cells.setdefault((kernel["name"], kernel["scalar"], kernel["width"]), {})
+        row.setdefault(kernel["architecture"], []).append((kernel["registers"], kernel["resident_threads"]))
+    rows = []
+    for (name, scalar, width), row in cells.items():
+        # The worst of all surrogates.
+        worst = [(max(n for n, _ in row[key]), min(n for _, n in row[key])) for key in architectures]
+        rows.append([f"{name}, {scalar}", str(width), *(f"{registers} / {threads}" for registers, threads in worst)])
+    spilled = sum(kernel["spilled"] + kernel["stack"] for kernel in result["kernels"])
+    text = f"nvcc {result['nvcc']}, {len(result['kernels'])} kernels, {spilled} bytes spilled or on a stack in all.\n\n"
+    return text + table(["registers / threads at once", "width", *(f"sm_{key}" for key in architectures)], rows)
+
+
+def model() -> str:
+    rows = []
+    for point in load("model")["model"]:
+        under_way, needed = point["under_way_per_processor"], point["needed_under_way"]
+        rows.append(
+            [
+                f"{point['gpu']}, {point['scalar']} {point['kernel'].removeprefix('lif_')}",
+                f"{point['bytes_per_neuron_step']:.2f}",
+                f"{under_way / 1024:.0f} of {needed / 1024:.0f}",
+                f"{point['instructions_per_neuron_step']:.1f}",
+                f"{point['limits']['latency']:.0%}",
+                f"{point['limits']['instructions']:.0%}",
+                f"{point['fraction']:.0%}, {point['limited_by']}",
+            ]
+        )
+    head = ["", "bytes", "KB under way of needed", "instructions", "latency allows", "instructions allow", "predicted"]
+    return table(head, rows)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     figure.__name__: figure
     for figure in (
         *(speed, speed_targets, train_step, train_step_targets, memory, overhead, kernels),
-        *(train_step_speed, train_step_growth, neunorm, neunorm_targets),
+        *(train_step_speed, train_step_growth, neunorm, neunorm_targets, compiled, model),
     )
 }
 

@@ -1,6 +1,6 @@
-"""The tests of the CUDA kernels' source, tested: the kernels pass them, and broken on purpose, in each way that matters,
-they fail. What fails is cuda_stand_in/check.cpp, under AddressSanitizer and UndefinedBehaviorSanitizer with the threads of
-a block as fibers, or under ThreadSanitizer with threads of the system.
+"""The tests of the CUDA kernels' source, tested: the kernels pass them, and broken on purpose, in each way that
+matters, they fail. What fails is cuda_stand_in/check.cpp, under AddressSanitizer and UndefinedBehaviorSanitizer with
+the threads of a block as fibers, or under ThreadSanitizer with threads of the system.
 """
 
 import os
@@ -58,7 +58,13 @@ MUTANTS: dict[str, tuple[str, str, str, str, str]] = {
         *("address", "SEGV|overflow|many neurons", KERNELS, FIRST_NEURON),
         "const int first = int((blockIdx.x * unsigned(plan.threads) + threadIdx.x) * unsigned(kWidth));",
     ),
-    "a block too few": ("address", "many neurons", PLAN, "(threads + plan.threads - 1) / plan.threads", "threads / plan.threads"),
+    "a block too few": (
+        "address",
+        "many neurons",
+        PLAN,
+        "(threads + plan.threads - 1) / plan.threads",
+        "threads / plan.threads",
+    ),
     "the sum overwritten while it is read": ("thread", "data race", NEUNORM, SUM_BEGINS, ""),
     "the sum read while it is written": (
         *("thread", "data race", NEUNORM, "= values[k];\n    __syncthreads();\n"),
@@ -72,7 +78,13 @@ MUTANTS: dict[str, tuple[str, str, str, str, str]] = {
         *("address", "ended while others waited", NEUNORM, SUM_BEGINS),
         "    if (inside) __syncthreads();\n",
     ),
-    "spikes of another feature": ("address", "normalised", NEUNORM, "held ? spikes[c * kStrip] : 0", "held ? spikes[0] : 0"),
+    "spikes of another feature": (
+        "address",
+        "normalised",
+        NEUNORM,
+        "held ? spikes[c * kStrip] : 0",
+        "held ? spikes[0] : 0",
+    ),
     "spikes past the shared memory": (
         *("address", "heap-buffer-overflow", PLAN, "bytes = features * kStrip;"),
         "bytes = features * kStrip / 2;",
@@ -81,7 +93,13 @@ MUTANTS: dict[str, tuple[str, str, str, str, str]] = {
         *("address", "heap-buffer-overflow", NEUNORM, "team.inside ? own : io.positions - 1;"),
         "own;",
     ),
-    "kept by threads without a position": ("address", "heap-buffer-overflow|differs", NEUNORM, "if (inside) Pack", "Pack"),
+    "kept by threads without a position": (
+        "address",
+        "heap-buffer-overflow|differs",
+        NEUNORM,
+        "if (inside) Pack",
+        "Pack",
+    ),
 }
 
 
@@ -115,7 +133,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for build in wanted:
             lines.append(f"build {folder / build}: run\n  command = {command(folder, build)}")
     (root / "build.ninja").write_text("\n".join(lines) + "\n")
-    done = subprocess.run([sys.executable, "-m", "ninja", "-C", root, "-k", "0"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "ninja", "-C", root, "-k", "0"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
     return root
 
