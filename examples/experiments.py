@@ -7,6 +7,7 @@ them states, or what trains where the stated value does not. Every setting is an
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -344,3 +345,20 @@ for _name, _base, _networks, _seconds in (
             b={"network": _network, "steps": 10, "batch_size": 20},
             ours={"epochs": 1},
         )
+
+
+def option(name: str) -> str:
+    """Of the command line, for a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def command(name: str, settings: dict[str, Any]) -> str:
+    """What runs an experiment with these settings."""
+    words = ["python", "examples/train.py", name]
+    for key, value in settings.items():
+        if value != getattr(EXPERIMENTS[name].settings, key):
+            if isinstance(value, bool):
+                words.append(option(key if value else f"no_{key}"))
+            else:
+                words += [option(key), str(value)]
+    return shlex.join(words)

@@ -23,7 +23,6 @@ import math
 import os
 import platform
 import re
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import Any
 
 import torch
 from data import LOADERS, SHAPES, Data, load
-from experiments import CHOICES, EXPERIMENTS, Settings
+from experiments import CHOICES, EXPERIMENTS, Settings, command, option
 from lightning_fabric import Fabric
 from summary import write_report
 from trainer import CHECKPOINT, METRICS, Trainer, build, convolutional, read_checkpoint
@@ -57,10 +56,6 @@ NOT_NEGATIVE = (
 )
 # Freed memory is neither given back nor mapped anew: its page faults cost a CPU as much as the convolutions.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-
-
-def option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def add_places(parser: argparse.ArgumentParser) -> None:
@@ -175,17 +170,12 @@ def new_record(name: str, settings: Settings, data: Data, fabric: Fabric) -> dic
     experiment = EXPERIMENTS[name]
     values, usual = dataclasses.asdict(settings), dataclasses.asdict(experiment.settings)
     changed = {key: value for key, value in values.items() if value != usual[key]}
-    words = ["python", "examples/train.py", name]
-    for key, value in changed.items():
-        words += (
-            [option(key) if value else option(f"no_{key}")] if isinstance(value, bool) else [option(key), str(value)]
-        )
     return {
         "experiment": name,
         "title": experiment.title,
         "reported": experiment.reported,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(words),
+        "command": command(name, values),
         "settings": values,
         "sources": {
             key: "the command line" if key in changed else source for key, source in experiment.sources.items()
