@@ -1,6 +1,6 @@
-// Run-time options to the neurons that the CUDA kernels are compiled for. Every kernel costs `pip install` about as
-// much as it does the user of one GPU to choose while it runs: so the reset is chosen there, and in double, which is
-// for checking gradients, the surrogate too.
+// Run-time options to the neurons that the CUDA kernels are compiled for. Every combination is one more kernel for each
+// architecture, and a kernel that waits for memory has time to choose: so the reset is chosen while it runs, and in
+// double, which is for checking gradients, the surrogate too.
 #pragma once
 
 #include <type_traits>
