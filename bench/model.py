@@ -150,7 +150,7 @@ def find_tools() -> tuple[Path, Path]:
         # It calls the other, from beside itself or from PATH.
         if candidate.exists() and ((candidate.parent / "nvdisasm").exists() or shutil.which("nvdisasm")):
             return nvcc, candidate
-    raise FileNotFoundError("no cuobjdump with nvdisasm: pip install 'cuda-toolkit[cuobjdump,nvdisasm]'")
+    raise FileNotFoundError("no cuobjdump with nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
 
 
 def run(*command: str | Path) -> str:
