@@ -30,6 +30,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -329,10 +330,13 @@ def main() -> None:
         ("90",) if args.quick else tuple(sorted({*TABLE, *(gpu.architecture for gpu in gpus.values())}, key=int))
     )
     kernels: list[Kernel] = []
+    seconds: dict[str, float] = {}  # for one architecture
     with tempfile.TemporaryDirectory() as folder:
         jobs = list(itertools.product(("float32",) if args.quick else SCALARS, architectures))
         for scalar, architecture in tqdm(jobs, desc="compiling", disable=None):
+            start = time.perf_counter()
             kernels += compiled(scalar, architecture, Path(folder))
+            seconds[scalar] = seconds.get(scalar, 0) + (time.perf_counter() - start) / len(architectures)
     points = []
     for name, gpu in gpus.items():
         for kernel in main_kernels(kernels):
@@ -354,6 +358,7 @@ def main() -> None:
     result = {
         "nvcc": version,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "compile_seconds": seconds,
         "latency": LATENCY,
         "gpus": {name: dataclasses.asdict(gpu) for name, gpu in gpus.items()},
         "kernels": rows,

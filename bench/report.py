@@ -237,7 +237,9 @@ def compiled() -> str:
         worst = [(max(n for n, _ in row[key]), min(n for _, n in row[key])) for key in architectures]
         rows.append([f"{name}, {scalar}", str(width), *(f"{registers} / {threads}" for registers, threads in worst)])
     spilled = sum(kernel["spilled"] + kernel["stack"] for kernel in result["kernels"])
-    text = f"nvcc {result['nvcc']}, {len(result['kernels'])} kernels, {spilled} bytes spilled or on a stack in all.\n\n"
+    text = f"nvcc {result['nvcc']}, {len(result['kernels'])} kernels, {spilled} bytes spilled or on a stack in all. "
+    each = ", ".join(f"{scalar} {seconds:.0f}" for scalar, seconds in result["compile_seconds"].items())
+    text += f"To compile and read them takes, for each architecture, {each} s of one core.\n\n"
     return text + table(["registers / threads at once", "width", *(f"sm_{key}" for key in architectures)], rows)
 
 
