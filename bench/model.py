@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "tests" / "cuda_stand_in" / "instantiate.cu"
+SETUP = runpy.run_path(str(ROOT / "setup.py"))
 SCALARS = {"float32": ("float", 4), "bfloat16": ("BFloat16", 2), "float16": ("Half", 2), "float64": ("double", 8)}
 TABLE = ("75", "80", "90", "100", "120")
 
@@ -140,7 +141,7 @@ def find_tools() -> tuple[Path, Path]:
     Raises:
         FileNotFoundError: one of them is not there.
     """
-    nvcc = runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]()
+    nvcc = SETUP["find_nvcc"]()
     if nvcc is None:
         raise FileNotFoundError("nvcc is neither in CUDA_HOME, nor on PATH, nor in the environment")
     folders = [Path(path) for path in sys.path]
@@ -167,7 +168,7 @@ def compiled(scalar: str, architecture: str, folder: Path) -> list[Kernel]:
     """All kernels of a number type for one architecture, with what ptxas and cuobjdump say of them."""
     nvcc, cuobjdump = find_tools()
     cubin = folder / f"{scalar}-{architecture}.cubin"
-    flags = ["-std=c++17", "-O3", "-fmad=false", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
+    flags = [*SETUP["NVCC_FLAGS"].split(), "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
     said = run(nvcc, *flags, f"-DSTBP_SCALAR={SCALARS[scalar][0]}", SOURCE, "-o", cubin)
     code = disassembled(run("env", f"PATH={cuobjdump.parent}:{os.environ['PATH']}", cuobjdump, "-sass", cubin))
     kernels = []
@@ -351,12 +352,11 @@ def main() -> None:
             f"{point['resident_threads']:>9}{point['instructions_per_neuron_step']:>14.1f}{point['fraction']:>9.0%}"
             f"  {point['limited_by']}"
         )
-    version = runpy.run_path(str(ROOT / "setup.py"))["nvcc_version"](nvcc)
     rows = []
     for kernel in kernels:
         rows.append({**dataclasses.asdict(kernel), "resident_threads": kernel.resident})
     result = {
-        "nvcc": version,
+        "nvcc": SETUP["nvcc_version"](nvcc),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "compile_seconds": seconds,
         "latency": LATENCY,
