@@ -49,14 +49,15 @@ TABLE = ("75", "80", "90", "100", "120")
 LATENCY = 800e-9  # seconds from a load to its data while memory is busy: assumed, no data sheet tells it
 WARP, SCHEDULERS = 32, 4
 
-# Threads and blocks that a multiprocessor holds, from the table of compute capabilities in CUDA's programming guide.
+# Threads, blocks and KB of shared memory that a multiprocessor holds, from the table of compute capabilities in CUDA's
+# programming guide. Of the last, each block from 8.0 on takes one more for the system.
 RESIDENT = {
-    "75": (1024, 16),
-    "80": (2048, 32),
-    "89": (1536, 24),
-    "90": (2048, 32),
-    "100": (2048, 32),
-    "120": (1536, 24),
+    "75": (1024, 16, 64),
+    "80": (2048, 32, 164),
+    "89": (1536, 24, 100),
+    "90": (2048, 32, 228),
+    "100": (2048, 32, 228),
+    "120": (1536, 24, 100),
 }
 REGISTERS = 65536  # of a multiprocessor, for all of these
 
@@ -92,6 +93,7 @@ class Kernel:
     registers: int
     stack: int  # bytes
     spilled: int  # bytes stored and loaded
+    shared: int = 0  # bytes of a block, without those a launch asks for
     instructions: int = 0
     per_neuron_step: float = 0.0  # instructions that are issued for one, in whole chunks
     loads: dict[int, int] = dataclasses.field(default_factory=dict)  # of global memory, by the bytes of one
@@ -105,11 +107,23 @@ class Kernel:
 
     @property
     def resident(self) -> int:
-        """Threads that a multiprocessor holds at once, as far as registers limit them."""
-        most, blocks = RESIDENT[self.architecture]
+        """Threads that a multiprocessor holds at once."""
+        return self.resident_beside(0)
+
+    @property
+    def resident_at_most_shared(self) -> int:
+        """The same where a launch asks for the most shared memory that csrc/cuda/plan.h lets it."""
+        return self.resident_beside(constant("kMostShared") if self.name == "neunorm_forward" else 0)
+
+    def resident_beside(self, shared: int) -> int:
+        """The same where a launch asks for so many bytes of shared memory."""
+        most, blocks, kilobytes = RESIDENT[self.architecture]
         of_a_warp = -(-self.registers // 8) * 8 * WARP
-        by_registers = REGISTERS // of_a_warp // (self.threads // WARP)
-        return min(by_registers, most // self.threads, blocks) * self.threads
+        limits = [REGISTERS // of_a_warp // (self.threads // WARP), most // self.threads, blocks]
+        if self.shared + shared:
+            of_system = 0 if self.architecture == "75" else 1024
+            limits.append(1024 * kilobytes // (self.shared + shared + of_system))
+        return min(limits) * self.threads
 
     @property
     def row_bytes(self) -> int:
@@ -127,7 +141,7 @@ def constant(name: str) -> int:
     """A number that csrc/cuda/ has."""
     for source in ("plan.h", "launch.h"):
         found = re.search(
-            rf"constexpr int {name} = (?:(\d+) \* )?(\w+);", (ROOT / "csrc" / "cuda" / source).read_text()
+            rf"constexpr int(?:64_t)? {name} = (?:(\d+) \* )?(\w+);", (ROOT / "csrc" / "cuda" / source).read_text()
         )
         if found:
             value = int(found[2]) if found[2].isdigit() else constant(found[2])
@@ -172,9 +186,10 @@ def compiled(scalar: str, architecture: str, folder: Path) -> list[Kernel]:
     said = run(nvcc, *flags, f"-DSTBP_SCALAR={SCALARS[scalar][0]}", SOURCE, "-o", cubin)
     code = disassembled(run("env", f"PATH={cuobjdump.parent}:{os.environ['PATH']}", cuobjdump, "-sass", cubin))
     kernels = []
-    for symbol, stack, stored, loaded, registers in re.findall(
+    for symbol, stack, stored, loaded, registers, shared in re.findall(
         r"Function properties for (\S+)\n"
-        r" *(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers",
+        r" *(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+        r".*Used (\d+) registers(?:.* (\d+) bytes smem)?",
         said,
     ):
         named = re.match(r"_ZN4stbp4cuda\d+((?:lif|neunorm)_(?:for|back)ward)ILi(\d+)E", symbol)
@@ -191,6 +206,7 @@ def compiled(scalar: str, architecture: str, folder: Path) -> list[Kernel]:
             registers=int(registers),
             stack=int(stack),
             spilled=int(stored) + int(loaded),
+            shared=int(shared or 0),
         )
         count(kernel, code[symbol])
         kernels.append(kernel)
@@ -354,7 +370,11 @@ def main() -> None:
         )
     rows = []
     for kernel in kernels:
-        rows.append({**dataclasses.asdict(kernel), "resident_threads": kernel.resident})
+        resident = {
+            "resident_threads": kernel.resident,
+            "resident_threads_at_most_shared": kernel.resident_at_most_shared,
+        }
+        rows.append({**dataclasses.asdict(kernel), **resident})
     result = {
         "nvcc": SETUP["nvcc_version"](nvcc),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -95,6 +95,17 @@ def test_threads_at_once(registers: int, architecture: str, resident: int) -> No
     assert Kernel("lif_forward", "float32", 4, "", False, architecture, registers, 0, 0).resident == resident
 
 
+@pytest.mark.parametrize(
+    ("shared", "architecture", "resident"),
+    [(0, "75", 1024), (8192, "75", 1024), (40960, "75", 256), (40960, "89", 512), (40960, "90", 1024)],
+)
+def test_threads_beside_shared_memory(shared: int, architecture: str, resident: int) -> None:
+    """The same for blocks of 256, of which sm_75 can give 64 KB and sm_89 100, a KB of each block the system's."""
+    kernel = Kernel("neunorm_forward", "float32", 1, "", False, architecture, 64, 0, 0, shared)
+    assert kernel.resident == resident
+    assert Kernel("neunorm_forward", "float32", 1, "", False, "75", 64, 0, 0, 8192).resident_at_most_shared == 256
+
+
 def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("STBP_CUDA_BUILD", "0")
     with pytest.raises(FileNotFoundError, match="nvcc is neither"):
