@@ -9,12 +9,12 @@ Compiles the kernels as setup.py does. ptxas tells their registers and what they
 which those that move global memory are counted. The model takes a multiprocessor to be as fast as the slowest of
 
 - its share of the bandwidth, with the bytes that a neuron and step must move;
-- what it has under way: its threads, times the most bytes that a thread's loads wait for at once, every LATENCY;
+- its threads, each by itself: an instruction a clock, and LATENCY from a load to the first use of what it brings;
 - its four schedulers, an instruction a clock each, with the instructions of a neuron and step, tails included.
 
 It knows nothing of how well DRAM keeps up with its data sheet (a copy does not reach that either), of the time the
-first and the last threads are alone, and of instructions that a unit takes longer for. Prints tables, writes
-model-cuda.json and .png.
+first and the last threads are alone, of instructions that a unit takes longer for, and of threads in each other's way.
+Prints tables, writes model-cuda.json and .png.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"))
 SCALARS = {"float32": ("float", 4), "bfloat16": ("BFloat16", 2), "float16": ("Half", 2), "float64": ("double", 8)}
 TABLE = ("75", "80", "90", "100", "120")
 
-LATENCY = 800e-9  # seconds from a load to its data while memory is busy: assumed, no data sheet tells it
+# Seconds from a load to its data while memory is busy: assumed, no data sheet tells it. For memory that does nothing
+# else doi:10.1016/j.ultsonch.2023.106546, table 3, has a round 400 clocks, 284 ns on A100 and 228 on H100.
+LATENCY = 800e-9
 WARP, SCHEDULERS = 32, 4
 
 # Threads, blocks and KB of shared memory that a multiprocessor holds, from the table of compute capabilities in CUDA's
@@ -64,7 +66,8 @@ REGISTERS = 65536  # of a multiprocessor, for all of these
 
 @dataclass(frozen=True)
 class Gpu:
-    """From NVIDIA's data sheets: multiprocessors, GHz of the boost clock, GB/s of memory."""
+    """From NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and GeForce RTX 4090: multiprocessors, GHz of the
+    boost clock, GB/s of memory. H200 has H100's chip."""
 
     architecture: str
     processors: int
@@ -78,6 +81,9 @@ GPUS = {
     "H200": Gpu("90", 132, 1.98, 4800),
     "RTX 4090": Gpu("89", 128, 2.52, 1008),
 }
+
+
+Instruction = tuple[int, str, str]  # its address, what it is, and its operands
 
 
 @dataclass
@@ -99,6 +105,8 @@ class Kernel:
     loads: dict[int, int] = dataclasses.field(default_factory=dict)  # of global memory, by the bytes of one
     stores: dict[int, int] = dataclasses.field(default_factory=dict)
     under_way: int = 0  # the most bytes that loads of a thread are waiting for at once
+    loop: list[Instruction] = dataclasses.field(default_factory=list, repr=False)  # one round of whole chunks
+    loop_steps: int = 0  # that a round does
 
     @property
     def threads(self) -> int:
@@ -213,9 +221,6 @@ def compiled(scalar: str, architecture: str, folder: Path) -> list[Kernel]:
     return kernels
 
 
-Instruction = tuple[int, str, str]  # its address, what it is, and its operands
-
-
 def disassembled(text: str) -> dict[str, list[Instruction]]:
     functions: dict[str, list[Instruction]] = {}
     for line in text.splitlines():
@@ -252,13 +257,15 @@ def count(kernel: Kernel, code: list[Instruction]) -> None:
         and int(target[1], 16) < address
     )
     _, first, last = loops[-1]
-    size = sum(first <= address <= last for address, *_ in code)
-    steps = constant("kAtOnce")
+    kernel.loop = [instruction for instruction in code if first <= instruction[0] <= last]
+    kernel.loop_steps = constant("kAtOnce")
     if kernel.name == "lif_backward":  # whose loop over chunks has a loop over their halves
         _, first, last = max(loop for loop in loops[:-1] if first <= loop[1] and loop[2] <= last)
-        size += sum(first <= address <= last for address, *_ in code)
-        steps *= 2
-    kernel.per_neuron_step = size / (steps * kernel.width)
+        half = [instruction for instruction in code if first <= instruction[0] <= last]
+        end = kernel.loop.index(half[-1]) + 1
+        kernel.loop[end:end] = half
+        kernel.loop_steps *= 2
+    kernel.per_neuron_step = len(kernel.loop) / (kernel.loop_steps * kernel.width)
 
 
 def most_under_way(code: list[Instruction]) -> int:
@@ -279,23 +286,41 @@ def most_under_way(code: list[Instruction]) -> int:
     return most
 
 
+def round_seconds(code: list[Instruction], clock: float, latency: float = LATENCY) -> float:
+    """How long a thread takes for a round of its loop, after some others, at an instruction a clock of so many GHz."""
+    now = start = 0.0
+    arrival: dict[int, float] = {}  # by register
+    for _ in range(3):
+        start = now
+        for _, operation, operands in code:
+            registers = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
+            for register in registers:
+                now = max(now, arrival.pop(register, 0.0))
+            now += 1e-9 / clock
+            if operation.startswith("LDG"):
+                end = registers[0] + max(1, moved_bytes(operation) // 4)
+                arrival |= dict.fromkeys(range(registers[0], end), now + latency)
+    return now - start
+
+
 def predicted(kernel: Kernel, gpu: Gpu) -> dict[str, Any]:
     """What the model says, as shares of the bandwidth of the data sheet."""
     of_processor = 1e9 * gpu.bandwidth / gpu.processors  # bytes a second
     moved = kernel.row_bytes + kernel.state_bytes
-    # Loads are a part of what moves; stores wait for nobody.
-    loaded = kernel.row_bytes * (1 / 2 if kernel.name.endswith("forward") else 2 / 3)
-    flying = kernel.resident * kernel.under_way
+    seconds = round_seconds(kernel.loop, gpu.clock)
+    # By Little's law; loads are a part of what moves, stores wait for nobody.
+    loaded = sum(moved_bytes(operation) for _, operation, _ in kernel.loop if operation.startswith("LDG"))
+    of_round = moved * kernel.loop_steps * kernel.width
     limits = {
         "bandwidth": 1.0,
-        "latency": flying / LATENCY * moved / loaded / of_processor,
+        "latency": kernel.resident * of_round / seconds / of_processor,
         "instructions": SCHEDULERS * WARP * 1e9 * gpu.clock / kernel.per_neuron_step * moved / of_processor,
     }
     binding = min(limits, key=lambda name: limits[name])
     return {
         "bytes_per_neuron_step": moved,
-        "under_way_per_processor": flying,
-        "needed_under_way": LATENCY * of_processor * loaded / moved,
+        "under_way_per_processor": kernel.resident * loaded * LATENCY / seconds,
+        "needed_under_way": LATENCY * of_processor * loaded / of_round,
         "resident_threads": kernel.resident,
         "instructions_per_neuron_step": kernel.per_neuron_step,
         "limits": limits,
@@ -370,11 +395,11 @@ def main() -> None:
         )
     rows = []
     for kernel in kernels:
-        resident = {
-            "resident_threads": kernel.resident,
-            "resident_threads_at_most_shared": kernel.resident_at_most_shared,
-        }
-        rows.append({**dataclasses.asdict(kernel), **resident})
+        row = dataclasses.asdict(dataclasses.replace(kernel, loop=[]))
+        del row["loop"]
+        row["resident_threads"] = kernel.resident
+        row["resident_threads_at_most_shared"] = kernel.resident_at_most_shared
+        rows.append(row)
     result = {
         "nvcc": SETUP["nvcc_version"](nvcc),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -239,7 +239,14 @@ def compiled() -> str:
     spilled = sum(kernel["spilled"] + kernel["stack"] for kernel in result["kernels"])
     text = f"nvcc {result['nvcc']}, {len(result['kernels'])} kernels, {spilled} bytes spilled or on a stack in all. "
     each = ", ".join(f"{scalar} {seconds:.0f}" for scalar, seconds in result["compile_seconds"].items())
-    text += f"To compile and read them takes, for each architecture, {each} s of one core.\n\n"
+    text += f"To compile and read them takes, for each architecture, {each} s of one core. "
+    fewest: dict[str, int] = {}
+    for kernel in result["kernels"]:
+        if kernel["resident_threads_at_most_shared"] < kernel["resident_threads"]:
+            threads = kernel["resident_threads_at_most_shared"]
+            fewest[kernel["architecture"]] = min(threads, fewest.get(kernel["architecture"], threads))
+    of_each = ", ".join(f"{threads} on sm_{key}" for key, threads in fewest.items())
+    text += f"Where a layer's spikes take the most shared memory, neunorm_forward has fewer threads: {of_each}.\n\n"
     return text + table(["registers / threads at once", "width", *(f"sm_{key}" for key in architectures)], rows)
 
 

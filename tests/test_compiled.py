@@ -60,6 +60,16 @@ def test_packs_move_in_16_bytes_and_once(scalar: str, compiled: Compiled) -> Non
 
 
 @pytest.mark.parametrize("scalar", ["float32", "bfloat16"])
+def test_how_often_a_thread_waits(scalar: str, compiled: Compiled) -> None:
+    """Of rounds of their loop, in latencies of memory: forward once for the rows of the next round; backward once for a
+    chunk's currents and, as a half's gradients come in two groups of kAhead, twice for each half."""
+    for kernel in compiled[scalar, "90"]:
+        if kernel.name.startswith("lif") and kernel.width > 2:
+            waits = {"lif_forward": 1, "lif_backward": 5}[kernel.name]
+            assert model.round_seconds(kernel.loop, clock=1e9, latency=1.0) == pytest.approx(waits, abs=1e-3)
+
+
+@pytest.mark.parametrize("scalar", ["float32", "bfloat16"])
 @pytest.mark.parametrize("gpu", ["H100", "H200"])
 def test_memory_is_the_limit(scalar: str, gpu: str, compiled: Compiled) -> None:
     """By the model, with the surrogate of the papers."""
@@ -82,6 +92,8 @@ def test_what_is_under_way() -> None:
     """)["f"]
     assert len(code) == 6
     assert model.most_under_way(code) == 24
+    # Two loads, 100 ns until FADD has the second's, and four more instructions; nobody waits for the third's.
+    assert model.round_seconds(code, clock=1.0, latency=100e-9) == pytest.approx((2 + 100 + 4) * 1e-9)
     assert model.widths(code, "LDG") == {16: 1, 8: 1, 2: 1}
     assert model.widths(code, "STG") == {16: 1}
 
