@@ -122,13 +122,17 @@ inline void wait_for_block() { Fibers::wait(); }
 
 // The same with threads of the system, for ThreadSanitizer to watch.
 constexpr bool kSystemThreads = true;
-inline pthread_barrier_t barrier;
-inline void wait_for_block() { pthread_barrier_wait(&barrier); }
+// Two barriers for one: ThreadSanitizer takes what a thread does before it waits for known to all that leave, also to
+// one so late that the others have come to the next barrier, unless that is another.
+inline pthread_barrier_t barriers[2];
+inline void wait_for_block() {
+  for (pthread_barrier_t& barrier : barriers) pthread_barrier_wait(&barrier);
+}
 
 template <class Kernel>
 void launch_blocks(int64_t blocks, const Kernel& kernel) {
   constexpr unsigned kThreads = kWarps * kStrip;
-  pthread_barrier_init(&barrier, nullptr, kThreads);
+  for (pthread_barrier_t& barrier : barriers) pthread_barrier_init(&barrier, nullptr, kThreads);
   std::vector<std::thread> threads;
   for (unsigned i = 0; i < kThreads; ++i) {
     threads.emplace_back([&, i] {
@@ -140,7 +144,7 @@ void launch_blocks(int64_t blocks, const Kernel& kernel) {
     });
   }
   for (std::thread& thread : threads) thread.join();
-  pthread_barrier_destroy(&barrier);
+  for (pthread_barrier_t& barrier : barriers) pthread_barrier_destroy(&barrier);
 }
 
 #endif
