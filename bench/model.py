@@ -111,7 +111,9 @@ class Kernel:
     @property
     def threads(self) -> int:
         """Of a block."""
-        return constant("kMostThreads") if self.name.startswith("lif") else 8 * constant("kStrip")
+        if self.name.startswith("lif"):
+            return constant("kMostThreads")
+        return constant("kNeuNormWarps") * constant("kStrip")
 
     @property
     def resident(self) -> int:

@@ -70,18 +70,14 @@ void launch_backward(const LifBackward<Scalar>& io, const LifOptions& options, i
   throw_on(cudaGetLastError(), "launching lif_backward");
 }
 
-// Two barriers for each chunk: with fewer warps a block does more of its work between them, with more it hides more of
-// the latency of memory.
-constexpr int kWarps = 8;
-
 template <class Scalar>
 void launch_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, int device, void* stream) {
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
   const NeuNormPlan plan = plan_neunorm_forward(io.batch, io.features, io.positions);
   visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
-    neunorm_forward<kWarps>
-        <<<unsigned(plan.blocks), kWarps * kStrip, size_t(plan.shared_bytes), on>>>(io, plan, neuron);
+    neunorm_forward<kNeuNormWarps>
+        <<<unsigned(plan.blocks), kNeuNormWarps * kStrip, size_t(plan.shared_bytes), on>>>(io, plan, neuron);
   });
   throw_on(cudaGetLastError(), "launching neunorm_forward");
 }
@@ -92,7 +88,7 @@ void launch_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions
   const auto on = static_cast<cudaStream_t>(stream);
   const NeuNormPlan plan = plan_neunorm_backward(io.groups, io.positions);
   visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
-    neunorm_backward<kWarps><<<unsigned(plan.blocks), kWarps * kStrip, 0, on>>>(io, plan, neuron);
+    neunorm_backward<kNeuNormWarps><<<unsigned(plan.blocks), kNeuNormWarps * kStrip, 0, on>>>(io, plan, neuron);
   });
   throw_on(cudaGetLastError(), "launching neunorm_backward");
 }

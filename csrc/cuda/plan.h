@@ -48,6 +48,10 @@ struct NeuNormPlan {
 // Positions that a block has: one for each thread of a warp.
 constexpr int kStrip = 32;
 
+// Two barriers for each chunk: with fewer warps a block does more of its work between them, with more it hides more of
+// the latency of memory.
+constexpr int kNeuNormWarps = 8;
+
 inline int64_t neunorm_strips(int64_t positions) { return (positions + kStrip - 1) / kStrip; }
 
 // Enough blocks for any GPU, and the same number on all of them, as the sums over a group are rounded by themselves.
