@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import gc
 import json
 import logging
 import math
@@ -269,3 +270,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    if torch.distributed.is_initialized():
+        # Its threads end with it, once main's network has let go of it; one that lives on aborts the interpreter's end.
+        gc.collect()
+        torch.distributed.destroy_process_group()

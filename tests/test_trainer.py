@@ -292,6 +292,19 @@ def test_accumulation_changes_nothing(kind: str, passes: int, lab: SimpleNamespa
         assert same["test_loss"] == pytest.approx(row["test_loss"], abs=1e-6)
 
 
+# The script, and then no thread of Gloo, which would abort the interpreter as it ends.
+UNDER_TORCHRUN = """
+import runpy, sys
+from pathlib import Path
+
+sys.argv.pop(0)
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in threads if "gloo" in name], threads
+"""
+
+
 def test_two_processes_give_the_losses_of_one(lab: SimpleNamespace, tmp_path: Path) -> None:
     """101 samples in batches of 20: the last one is a single sample, of which one process has nothing."""
     settings = {"network": "8x8-6C3-32-10", "train_samples": 101, "batch_size": 20, "epochs": 3}
@@ -300,7 +313,9 @@ def test_two_processes_give_the_losses_of_one(lab: SimpleNamespace, tmp_path: Pa
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    command = [*torchrun, str(EXAMPLES / "train.py"), *options, "--run-dir", "two"]
+    script = tmp_path / "script.py"
+    script.write_text(UNDER_TORCHRUN)
+    command = [*torchrun, str(script), str(EXAMPLES / "train.py"), *options, "--run-dir", "two"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     assert "on cpu x 2" in done.stdout
