@@ -59,8 +59,10 @@ def test_info_from_the_command_line(tmp_path: Path) -> None:
 def test_a_package_without_its_extension_says_what_to_do(tmp_path: Path) -> None:
     """As in a source folder, where python finds the sources before the installed package."""
     shutil.copytree(PACKAGE, tmp_path / "stbp_cuda", ignore=shutil.ignore_patterns("*.so"))
+    # Without what an editable install leaves in site-packages, which finds the extension all the same.
+    script = f"import sys; sys.path.append({sysconfig.get_path('purelib')!r}); import stbp_cuda"
     done = subprocess.run(
-        [sys.executable, "-c", "import stbp_cuda"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-S", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
     assert "pip install -e ." in done.stderr
