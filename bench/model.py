@@ -12,6 +12,9 @@ which those that move global memory are counted. The model takes a multiprocesso
 - its threads, each by itself: an instruction a clock, and LATENCY from a load to the first use of what it brings;
 - its four schedulers, an instruction a clock each, with the instructions of a neuron and step, tails included.
 
+Of neurons with normalisation, those are the instructions of their two loops over the features, with so many features
+that what comes between them takes no time.
+
 It knows nothing of how well DRAM keeps up with its data sheet (a copy does not reach that either), of the time the
 first and the last threads are alone, of instructions that a unit takes longer for, and of threads in each other's way.
 Prints tables, writes model-cuda.json and .png.
@@ -105,15 +108,15 @@ class Kernel:
     loads: dict[int, int] = dataclasses.field(default_factory=dict)  # of global memory, by the bytes of one
     stores: dict[int, int] = dataclasses.field(default_factory=dict)
     under_way: int = 0  # the most bytes that loads of a thread are waiting for at once
-    loop: list[Instruction] = dataclasses.field(default_factory=list, repr=False)  # one round of whole chunks
-    loop_steps: int = 0  # that a round does
+    # Of whole chunks: a round of each loop that a thread is in most of the time, and how many steps that does.
+    loops: list[tuple[list[Instruction], int]] = dataclasses.field(default_factory=list, repr=False)
 
     @property
     def threads(self) -> int:
         """Of a block."""
         if self.name.startswith("lif"):
             return constant("kMostThreads")
-        return constant("kNeuNormWarps") * constant("kStrip")
+        return constant("kNeuNormThreads")
 
     @property
     def resident(self) -> int:
@@ -121,9 +124,10 @@ class Kernel:
         return self.resident_beside(0)
 
     @property
-    def resident_at_most_shared(self) -> int:
-        """The same where a launch asks for the most shared memory that csrc/cuda/plan.h lets it."""
-        return self.resident_beside(constant("kMostShared") if self.name == "neunorm_forward" else 0)
+    def resident_holding(self) -> int:
+        """The same where the gradients of a chunk are in shared memory and take as much of it as csrc/cuda/plan.h likes
+        them to; on a GPU that has not so much for a block, they are not."""
+        return (self.name == "neunorm_backward" and self.resident_beside(constant("kMostHeld"))) or self.resident
 
     def resident_beside(self, shared: int) -> int:
         """The same where a launch asks for so many bytes of shared memory."""
@@ -144,7 +148,7 @@ class Kernel:
     @property
     def state_bytes(self) -> float:
         """The same of a long input's states."""
-        return max(4, SCALARS[self.scalar][1]) / constant("kChunk")
+        return max(4, SCALARS[self.scalar][1]) / constant("kChunk" if self.name.startswith("lif") else "kNeuNormChunk")
 
 
 def constant(name: str) -> int:
@@ -244,30 +248,52 @@ def widths(code: list[Instruction], kind: str) -> dict[int, int]:
     return dict(Counter(moved_bytes(operation) for _, operation, _ in code if operation.startswith(kind)))
 
 
+def amount(code: list[Instruction], *kinds: str) -> int:
+    return sum(operation.startswith(kinds) for _, operation, _ in code)
+
+
 def count(kernel: Kernel, code: list[Instruction]) -> None:
     """Fill in what the instructions tell."""
     kernel.instructions = len(code)
     kernel.loads, kernel.stores = widths(code, "LDG"), widths(code, "STG")
     kernel.under_way = most_under_way(code)
-    if not kernel.name.startswith("lif"):
-        return
-    loops = sorted(
+    spans = sorted(
         (address - int(target[1], 16), int(target[1], 16), address)
         for address, operation, operands in code
         if operation.startswith("BRA")
         and (target := re.search(r"0x([0-9a-f]+)", operands))
         and int(target[1], 16) < address
     )
-    _, first, last = loops[-1]
-    kernel.loop = [instruction for instruction in code if first <= instruction[0] <= last]
-    kernel.loop_steps = constant("kAtOnce")
-    if kernel.name == "lif_backward":  # whose loop over chunks has a loop over their halves
-        _, first, last = max(loop for loop in loops[:-1] if first <= loop[1] and loop[2] <= last)
-        half = [instruction for instruction in code if first <= instruction[0] <= last]
-        end = kernel.loop.index(half[-1]) + 1
-        kernel.loop[end:end] = half
-        kernel.loop_steps *= 2
-    kernel.per_neuron_step = len(kernel.loop) / (kernel.loop_steps * kernel.width)
+
+    def loop(span: tuple[int, int, int]) -> list[Instruction]:
+        return [instruction for instruction in code if span[1] <= instruction[0] <= span[2]]
+
+    def innermost(span: tuple[int, int, int]) -> bool:
+        return not any(span[1] <= other[1] and other[2] <= span[2] for other in spans if other != span)
+
+    if kernel.name.startswith("lif"):
+        round_, steps = loop(spans[-1]), constant("kAtOnce")
+        if kernel.name == "lif_backward":  # whose loop over chunks has a loop over their halves
+            half = loop(max(span for span in spans if innermost(span)))
+            end = round_.index(half[-1]) + 1
+            round_[end:end] = half
+            steps *= 2
+        kernel.loops = [(round_, steps)]
+    else:
+        # Over the features, before the sum and after it, each compiled with shared memory to wait in, where it does
+        # more with that, and without. Only the second stores rows.
+        steps = constant("kNeuNormChunk")
+        passes = [loop(span) for span in spans if innermost(span)]
+        passes = [code for code in passes if amount(code, "LDG", "STG")]
+        for chosen in (
+            [c for c in passes if amount(c, "STG") < steps],
+            [c for c in passes if amount(c, "STG") >= steps],
+        ):
+            if chosen:  # with smooth spikes nothing waits in shared memory
+                code = max(chosen, key=lambda code: amount(code, "LDS", "STS"))
+                features = amount(code, "LDG") // steps if amount(code, "STG") < steps else 1
+                kernel.loops.append((code, features * steps))
+    kernel.per_neuron_step = sum(len(code) / steps for code, steps in kernel.loops) / kernel.width
 
 
 def most_under_way(code: list[Instruction]) -> int:
@@ -309,21 +335,27 @@ def predicted(kernel: Kernel, gpu: Gpu) -> dict[str, Any]:
     """What the model says, as shares of the bandwidth of the data sheet."""
     of_processor = 1e9 * gpu.bandwidth / gpu.processors  # bytes a second
     moved = kernel.row_bytes + kernel.state_bytes
-    seconds = round_seconds(kernel.loop, gpu.clock)
-    # By Little's law; loads are a part of what moves, stores wait for nobody.
-    loaded = sum(moved_bytes(operation) for _, operation, _ in kernel.loop if operation.startswith("LDG"))
-    of_round = moved * kernel.loop_steps * kernel.width
+    # A thread's, for a step of its neurons. By Little's law; loads are a part of what moves, stores wait for nobody.
+    seconds = sum(round_seconds(code, gpu.clock) / steps for code, steps in kernel.loops)
+    loaded = sum(
+        moved_bytes(operation) / steps
+        for code, steps in kernel.loops
+        for _, operation, _ in code
+        if operation.startswith("LDG")
+    )
+    resident = kernel.resident_holding
+    of_step = moved * kernel.width
     limits = {
         "bandwidth": 1.0,
-        "latency": kernel.resident * of_round / seconds / of_processor,
+        "latency": resident * of_step / seconds / of_processor,
         "instructions": SCHEDULERS * WARP * 1e9 * gpu.clock / kernel.per_neuron_step * moved / of_processor,
     }
     binding = min(limits, key=lambda name: limits[name])
     return {
         "bytes_per_neuron_step": moved,
-        "under_way_per_processor": kernel.resident * loaded * LATENCY / seconds,
-        "needed_under_way": LATENCY * of_processor * loaded / of_round,
-        "resident_threads": kernel.resident,
+        "under_way_per_processor": resident * loaded * LATENCY / seconds,
+        "needed_under_way": LATENCY * of_processor * loaded / of_step,
+        "resident_threads": resident,
         "instructions_per_neuron_step": kernel.per_neuron_step,
         "limits": limits,
         "fraction": limits[binding],
@@ -343,9 +375,9 @@ def main_kernels(kernels: list[Kernel]) -> list[Kernel]:
 
 
 def picture(points: list[dict[str, Any]]) -> Figure:
-    figure = Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(12, 4.5), dpi=120, layout="constrained")
     axis = figure.subplots()
-    kernels = list(dict.fromkeys(f"{point['scalar']}\n{point['kernel'].removeprefix('lif_')}" for point in points))
+    kernels = list(dict.fromkeys(f"{point['scalar']}\n{point['kernel'].replace('_', chr(10))}" for point in points))
     gpus = list(dict.fromkeys(point["gpu"] for point in points))
     for i, gpu in enumerate(gpus):
         own = [point for point in points if point["gpu"] == gpu]
@@ -384,23 +416,23 @@ def main() -> None:
     points = []
     for name, gpu in gpus.items():
         for kernel in main_kernels(kernels):
-            if kernel.architecture == gpu.architecture and kernel.name.startswith("lif") and kernel.scalar != "float64":
+            if kernel.architecture == gpu.architecture and kernel.scalar != "float64":
                 points.append({"gpu": name, "kernel": kernel.name, "scalar": kernel.scalar, **predicted(kernel, gpu)})
-    head = f"{'':32}{'B a step':>9}{'KB under way':>14}{'wanted':>8}{'threads':>9}{'instructions':>14}"
+    head = f"{'':37}{'B a step':>9}{'KB under way':>14}{'wanted':>8}{'threads':>9}{'instructions':>14}"
     print(f"{head}{'of peak':>9}  limit")
     for point in points:
         print(
-            f"{point['gpu']:10}{point['scalar']:10}{point['kernel']:12}{point['bytes_per_neuron_step']:>9.2f}"
+            f"{point['gpu']:10}{point['scalar']:10}{point['kernel']:17}{point['bytes_per_neuron_step']:>9.2f}"
             f"{point['under_way_per_processor'] / 1024:>14.0f}{point['needed_under_way'] / 1024:>8.0f}"
             f"{point['resident_threads']:>9}{point['instructions_per_neuron_step']:>14.1f}{point['fraction']:>9.0%}"
             f"  {point['limited_by']}"
         )
     rows = []
     for kernel in kernels:
-        row = dataclasses.asdict(dataclasses.replace(kernel, loop=[]))
-        del row["loop"]
+        row = dataclasses.asdict(dataclasses.replace(kernel, loops=[]))
+        del row["loops"]
         row["resident_threads"] = kernel.resident
-        row["resident_threads_at_most_shared"] = kernel.resident_at_most_shared
+        row["resident_threads_holding"] = kernel.resident_holding
         rows.append(row)
     result = {
         "nvcc": SETUP["nvcc_version"](nvcc),

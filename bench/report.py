@@ -242,11 +242,10 @@ def compiled() -> str:
     text += f"To compile and read them takes, for each architecture, {each} s of one core. "
     fewest: dict[str, int] = {}
     for kernel in result["kernels"]:
-        if kernel["resident_threads_at_most_shared"] < kernel["resident_threads"]:
-            threads = kernel["resident_threads_at_most_shared"]
+        if (threads := kernel["resident_threads_holding"]) < kernel["resident_threads"]:
             fewest[kernel["architecture"]] = min(threads, fewest.get(kernel["architecture"], threads))
     of_each = ", ".join(f"{threads} on sm_{key}" for key, threads in fewest.items())
-    text += f"Where a layer's spikes take the most shared memory, neunorm_forward has fewer threads: {of_each}.\n\n"
+    text += f"With 64 KB of gradients in shared memory, neunorm_backward has fewer threads: {of_each}.\n\n"
     return text + table(["registers / threads at once", "width", *(f"sm_{key}" for key in architectures)], rows)
 
 
@@ -256,7 +255,7 @@ def model() -> str:
         under_way, needed = point["under_way_per_processor"], point["needed_under_way"]
         rows.append(
             [
-                f"{point['gpu']}, {point['scalar']} {point['kernel'].removeprefix('lif_')}",
+                f"{point['gpu']}, {point['scalar']} {point['kernel']}",
                 f"{point['bytes_per_neuron_step']:.2f}",
                 f"{under_way / 1024:.0f} of {needed / 1024:.0f}",
                 f"{point['instructions_per_neuron_step']:.1f}",
@@ -285,6 +284,14 @@ def summary(folder: Path) -> str:
     if parts.exists():
         rows = [line.split("\t") for line in parts.read_text().splitlines()]
         text += "\n" + table(["part of scripts/gpu_check.sh", "", "s"], rows)
+        for part, state, _ in rows:
+            log = folder / f"{part}.log"
+            if state != "passed" and log.exists():
+                last = "\n".join(log.read_text().splitlines()[-40:])
+                text += f"\n## {part}, {state}: the end of {log.name}\n\n```\n{last}\n```\n"
+    for unfinished in sorted(folder.glob("*.unfinished.json")):
+        count = len(json.loads(unfinished.read_text())["points"])
+        text += f"\n[{unfinished.name}]({unfinished.name}) has the {count} points that were measured before the end.\n"
     for name, figure in FIGURES.items():
         with contextlib.suppress(NotMeasuredError):
             text += f"\n## {name}\n\n{figure()}"

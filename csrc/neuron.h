@@ -186,6 +186,12 @@ struct Lif {
     return u;
   }
 
+  // v[t] from u[t].
+  template <class V>
+  STBP_FN V after(V u) const {
+    return Reset::apply(Firing(), c, u, Firing::fire(c, surrogate, u));
+  }
+
   // The step back: returns dL/du[t], which is also dL/dx[t], from dL/do[t] and from dL/dv[t] in `grad_v`, where it
   // leaves dL/dv[t-1].
   template <class V>

@@ -66,18 +66,45 @@ def test_how_often_a_thread_waits(scalar: str, compiled: Compiled) -> None:
     for kernel in compiled[scalar, "90"]:
         if kernel.name.startswith("lif") and kernel.width > 2:
             waits = {"lif_forward": 1, "lif_backward": 5}[kernel.name]
-            assert model.round_seconds(kernel.loop, clock=1e9, latency=1.0) == pytest.approx(waits, abs=1e-3)
+            ((code, _),) = kernel.loops
+            assert model.round_seconds(code, clock=1e9, latency=1.0) == pytest.approx(waits, abs=1e-3)
 
 
-@pytest.mark.parametrize("scalar", ["float32", "bfloat16"])
-@pytest.mark.parametrize("gpu", ["H100", "H200"])
-def test_memory_is_the_limit(scalar: str, gpu: str, compiled: Compiled) -> None:
+@pytest.mark.parametrize(
+    ("neurons", "scalar", "gpu"),
+    [
+        *(("lif", scalar, gpu) for scalar in ("float32", "bfloat16") for gpu in ("H100", "H200")),
+        ("neunorm", "float32", "H100"),
+    ],
+)
+def test_memory_is_the_limit(neurons: str, scalar: str, gpu: str, compiled: Compiled) -> None:
     """By the model, with the surrogate of the papers."""
-    kernels = [kernel for kernel in model.main_kernels(compiled[scalar, "90"]) if kernel.name.startswith("lif")]
-    assert {kernel.name for kernel in kernels} == {"lif_forward", "lif_backward"}
+    kernels = [kernel for kernel in model.main_kernels(compiled[scalar, "90"]) if kernel.name.startswith(neurons)]
+    assert {kernel.name for kernel in kernels} == {f"{neurons}_forward", f"{neurons}_backward"}
     for kernel in kernels:
         found = model.predicted(kernel, model.GPUS[gpu])
         assert found["limited_by"] == "bandwidth", found
+
+
+def test_what_the_model_takes_for_the_two_passes_over_the_features(compiled: Compiled) -> None:
+    """Those with shared memory: two features' rows and what goes with them, then one's; spikes wait as a byte."""
+    steps = constant("kNeuNormChunk")
+    shapes = {
+        # LDG, STG, LDS, STS: x and a state twice, of each feature a state and a byte; a weight, the byte, y.
+        "neunorm_forward": [(2 * (steps + 1), 2, 0, 2), (1, steps, 1, 0)],
+        # g, a weight and a sum, which comes back, and g waits, and a is there; x, a state and dL/dv, both g and u.
+        "neunorm_backward": [(2 * (steps + 2), 2, 2 * steps, 2 * steps), (steps + 2, steps + 1, None, steps)],
+    }
+    for kernel in compiled["float32", "90"]:
+        if not kernel.name.startswith("neunorm"):
+            continue
+        assert [count for _, count in kernel.loops] == [2 * steps, steps]
+        for (code, _), shape in zip(kernel.loops, shapes[kernel.name], strict=True):
+            found = tuple(model.amount(code, kind) for kind in ("LDG", "STG", "LDS", "STS"))
+            assert all(want is None or got == want for got, want in zip(found, shape, strict=True)), (
+                kernel.name,
+                found,
+            )
 
 
 def test_what_is_under_way() -> None:
@@ -115,7 +142,13 @@ def test_threads_beside_shared_memory(shared: int, architecture: str, resident: 
     """The same for blocks of 256, of which sm_75 can give 64 KB and sm_89 100, a KB of each block the system's."""
     kernel = Kernel("neunorm_forward", "float32", 1, "", False, architecture, 64, 0, 0, shared)
     assert kernel.resident == resident
-    assert Kernel("neunorm_forward", "float32", 1, "", False, "75", 64, 0, 0, 8192).resident_at_most_shared == 256
+
+
+@pytest.mark.parametrize(("architecture", "resident"), [("75", 1024), ("80", 512), ("89", 256), ("90", 768)])
+def test_threads_beside_gradients(architecture: str, resident: int) -> None:
+    """The same, with the 64 KB of gradients that sm_75 has no room for."""
+    kernel = Kernel("neunorm_backward", "float32", 1, "", False, architecture, 64, 0, 0, 8192)
+    assert kernel.resident_holding == resident
 
 
 def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -89,11 +89,7 @@ def stand_in(builds: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (module.chunk, module.threads) == (CHUNK, THREADS)
-    assert (module.neunorm_chunk, module.neunorm_strips(STRIP), module.neunorm_strips(STRIP + 1)) == (
-        NEUNORM_CHUNK,
-        1,
-        2,
-    )
+    assert module.neunorm_chunk == NEUNORM_CHUNK
     assert module.surrogates == list(SURROGATES)
     return module
 
@@ -283,11 +279,12 @@ def run_neunorm_stand_in(
     tensors: tuple[Tensor, Tensor, Tensor],
     *,
     groups: int,
+    strip: int,
     surrogate: str,
     reset: str,
     smooth: bool = False,
 ) -> test_neunorm.Results:
-    """The results of ``test_neunorm.run``, with the batch in so many groups."""
+    """The results of ``test_neunorm.run``, with the batch in so many groups, and so many positions to a block."""
     dtype = tensors[0].dtype
     state = ops.state_dtype(dtype)
     kernels = kernels_of(stand_in, dtype)
@@ -296,7 +293,7 @@ def run_neunorm_stand_in(
     features, positions = case.shape
     shape = [case.steps, case.batch, features, positions]
     kept = (case.steps - 1) // NEUNORM_CHUNK
-    squared, strips = case.scaling == "1/F^2", stand_in.neunorm_strips(positions)
+    squared, strips = case.scaling == "1/F^2", -(-positions // strip)
     decays = copy_of(torch.tensor([case.decay, case.norm_decay], dtype=state)) if case.learned else None
     normalised, grad_x = (blank(tuple(x.shape), dtype) for _ in range(2))
     sums, maps = (blank((case.steps, case.batch, positions), state) for _ in range(2))
@@ -305,17 +302,21 @@ def run_neunorm_stand_in(
     grad_weight = blank((groups, features, positions), state)
     grad_decays = blank((groups, strips, 2), state) if case.learned else None
     both = (case.norm_decay, squared)
-    plan = stand_in.plan_neunorm_forward(case.batch, features, positions)
-    assert plan.shared_bytes == features * STRIP
     forward = kernels.NeuNormForward(shape, *both, x, weight, decays, normalised, sums, maps, states)
-    forward.launch(options, plan)
-    # Of too many features for the shared memory.
-    from_shared = normalised.copy()
-    forward.launch(options, stand_in.NeuNormPlan(plan.strips, plan.blocks, 0))
-    assert (from_shared == normalised).all()
-    kernels.NeuNormBackward(
+    backward = kernels.NeuNormBackward(
         shape, *both, groups, x, weight, decays, sums, maps, states, gradient, grad_x, grad_weight, grad_decays, carried
-    ).launch(options)
+    )
+    spikes = features * strip
+    for launch, blocks, bytes_, results in (
+        (forward.launch, strips * case.batch, spikes, [normalised]),
+        (backward.launch, strips * groups, spikes * NEUNORM_CHUNK * dtype.itemsize, [grad_x, grad_weight, grad_decays]),
+    ):
+        # As for more features than the shared memory is enough for, and with it.
+        launch(options, stand_in.NeuNormPlan(strip, strips, blocks, 0))
+        expected = [None if array is None else array.copy() for array in results]
+        launch(options, stand_in.NeuNormPlan(strip, strips, blocks, bytes_))
+        for array, first in zip(results, expected, strict=True):
+            assert (array == first).all() if array is not None else first is None
     for array in (sums, maps, states, carried):
         assert array is None or not result(array, state).isnan().any()
     return (
@@ -326,15 +327,16 @@ def run_neunorm_stand_in(
     )
 
 
-# Around the ends of chunks, of strips, and of what the warps of a block share; a block here costs milliseconds.
+# Around the ends of chunks, of strips, and of what the teams of a block share; a block here costs milliseconds.
 neunorm_cases = st.builds(
     dataclasses.replace,
     test_neunorm.cases,
     steps=st.sampled_from([1, 2, NEUNORM_CHUNK, NEUNORM_CHUNK + 1, 2 * NEUNORM_CHUNK + 3]),
     batch=st.integers(1, 2),
-    shape=st.tuples(st.integers(1, 5), st.sampled_from([1, STRIP - 1, STRIP, STRIP + 1])),
+    shape=st.tuples(st.integers(1, 9), st.sampled_from([1, 8, STRIP - 1, STRIP, STRIP + 1])),
     folded=st.just(False),
 )
+strips = st.sampled_from([STRIP, 16, 8, 1])
 LARGE_NEUNORM = test_neunorm.Case(2 * NEUNORM_CHUNK + 3, 3, (7, STRIP + 5))
 few = settings(max_examples=2 if SANITIZED is None else 1)
 
@@ -343,14 +345,20 @@ few = settings(max_examples=2 if SANITIZED is None else 1)
 @every_reset
 @every_dtype
 @few
-@given(case=neunorm_cases, groups=st.integers(1, 2))
-@example(case=LARGE_NEUNORM, groups=2)
+@given(case=neunorm_cases, groups=st.integers(1, 2), strip=strips)
+@example(case=LARGE_NEUNORM, groups=2, strip=STRIP)
 def test_neunorm_agrees_with_the_reference(
-    stand_in: ModuleType, case: test_neunorm.Case, groups: int, surrogate: str, reset: str, dtype: torch.dtype
+    stand_in: ModuleType,
+    case: test_neunorm.Case,
+    groups: int,
+    strip: int,
+    surrogate: str,
+    reset: str,
+    dtype: torch.dtype,
 ) -> None:
     options: dict[str, Any] = {"surrogate": surrogate, "reset": reset}
     tensors = x, weight, gradient = test_neunorm.random_tensors(case, dtype, "cpu")
-    ours = run_neunorm_stand_in(stand_in, case, tensors, groups=min(groups, case.batch), **options)
+    ours = run_neunorm_stand_in(stand_in, case, tensors, groups=min(groups, case.batch), strip=strip, **options)
     wide = (x.to(weight.dtype), weight, gradient.to(weight.dtype))
     test_neunorm.assert_agree(ours, test_neunorm.run(case, wide, backend="reference", **options), tensors)
 
@@ -358,36 +366,85 @@ def test_neunorm_agrees_with_the_reference(
 @every_surrogate
 @every_reset
 @few
-@given(case=neunorm_cases)
+@given(case=neunorm_cases, strip=strips)
 def test_neunorm_with_smooth_spikes_agrees_with_the_reference(
-    stand_in: ModuleType, case: test_neunorm.Case, surrogate: str, reset: str
+    stand_in: ModuleType, case: test_neunorm.Case, strip: int, surrogate: str, reset: str
 ) -> None:
     options: dict[str, Any] = {"surrogate": surrogate, "reset": reset, "smooth": True}
     tensors = test_neunorm.random_tensors(case, torch.float64, "cpu")
     expected = test_neunorm.run(case, tensors, backend="reference", **options)
-    for ours, theirs in zip(run_neunorm_stand_in(stand_in, case, tensors, groups=1, **options), expected, strict=True):
+    found = run_neunorm_stand_in(stand_in, case, tensors, groups=1, strip=strip, **options)
+    for ours, theirs in zip(found, expected, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None and theirs is not None:
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
 
-def test_shared_memory_is_never_too_large(stand_in: ModuleType) -> None:
-    assert stand_in.plan_neunorm_forward(3, 1024, 33).shared_bytes == 32 * 1024
-    assert stand_in.plan_neunorm_forward(3, 1025, 33).shared_bytes == 0
-    assert stand_in.plan_neunorm_forward(3, 1025, 33).blocks == 6
+# Bytes of shared memory that a block may have on an H100, and on an RTX 4090.
+H100_SHARED, RTX_4090_SHARED = 227 * 1024, 99 * 1024
+
+
+@pytest.mark.parametrize(
+    ("features", "positions", "scalar_bytes", "shared_bytes", "plan"),
+    [
+        pytest.param(64, 1024, 4, H100_SHARED, (32, 32, 64 * 1024), id="a strip for a warp"),
+        pytest.param(65, 1024, 4, H100_SHARED, (16, 64, 65 * 512), id="too many features for that"),
+        pytest.param(128, 1024, 4, H100_SHARED, (16, 64, 64 * 1024), id="float32"),
+        pytest.param(128, 1024, 2, H100_SHARED, (32, 32, 64 * 1024), id="half"),
+        pytest.param(128, 1024, 8, H100_SHARED, (8, 128, 64 * 1024), id="float64"),
+        pytest.param(512, 256, 4, H100_SHARED, (8, 32, 128 * 1024), id="the shortest strip, and more than is wanted"),
+        pytest.param(512, 256, 4, RTX_4090_SHARED, (8, 32, 0), id="or than there is"),
+        pytest.param(872, 64, 4, H100_SHARED, (8, 8, 872 * 256), id="the most"),
+        pytest.param(873, 64, 4, H100_SHARED, (8, 8, 0), id="more than the most"),
+        pytest.param(1744, 64, 2, H100_SHARED, (8, 8, 1744 * 128), id="the most of a half type"),
+        pytest.param(360, 64, 4, RTX_4090_SHARED, (8, 8, 360 * 256), id="the most elsewhere"),
+        pytest.param(128, 289, 2, H100_SHARED, (32, 10, 64 * 1024), id="a strip that is not full"),
+        pytest.param(10, 1, 4, H100_SHARED, (1, 1, 320), id="one position"),
+        pytest.param(10, 5, 4, H100_SHARED, (8, 1, 2560), id="few"),
+        pytest.param(10, 0, 4, H100_SHARED, (1, 0, 320), id="none"),
+    ],
+)
+def test_neunorm_plan(
+    stand_in: ModuleType,
+    features: int,
+    positions: int,
+    scalar_bytes: int,
+    shared_bytes: int,
+    plan: tuple[int, int, int],
+) -> None:
+    backward = stand_in.plan_neunorm_backward(3, features, positions, scalar_bytes, shared_bytes)
+    assert (backward.strip, backward.strips, backward.shared_bytes) == plan
+    forward = stand_in.plan_neunorm_forward(5, features, positions, scalar_bytes, shared_bytes)
+    assert (forward.strip, forward.strips, forward.shared_bytes) == (*plan[:2], features * plan[0])
+    assert (forward.blocks, backward.blocks) == (5 * plan[1], 3 * plan[1])
+    assert stand_in.neunorm_strips(features, positions, scalar_bytes) == plan[1]
+
+
+@given(
+    features=st.one_of(st.integers(1, 2000), st.integers(1, 2**40)),
+    positions=st.integers(0, 2**20),
+    scalar_bytes=st.sampled_from([2, 4, 8]),
+    shared_bytes=st.sampled_from([0, 48 * 1024, RTX_4090_SHARED, H100_SHARED]),
+)
+def test_any_neunorm_plan(
+    stand_in: ModuleType, features: int, positions: int, scalar_bytes: int, shared_bytes: int
+) -> None:
+    """Strips that a block's threads can share out, for every position; never more shared memory than there is."""
+    scratch = NEUNORM_CHUNK * (256 + STRIP) * max(4, scalar_bytes)
+    for plan in (
+        stand_in.plan_neunorm_forward(2, features, positions, scalar_bytes, shared_bytes),
+        stand_in.plan_neunorm_backward(2, features, positions, scalar_bytes, shared_bytes),
+    ):
+        assert plan.strip in (1, 2, 4, 8, 16, 32)
+        assert plan.strip * (plan.strips - 1) < positions <= plan.strip * plan.strips
+        assert plan.blocks == 2 * plan.strips
+        assert plan.shared_bytes == 0 or scratch + plan.shared_bytes <= shared_bytes
 
 
 def test_groups_of_samples(stand_in: ModuleType) -> None:
     """As many as fill a GPU, and never more than samples."""
-    for batch, positions, groups in (
-        (0, 5, 1),
-        (5, 0, 1),
-        (128, 1024, 32),
-        (20, 1024, 20),
-        (3, 32 * 5000, 1),
-        (9, 1, 9),
-    ):
-        assert stand_in.neunorm_groups(batch, positions) == groups
+    for batch, strips, groups in ((0, 1, 1), (5, 0, 1), (128, 32, 32), (20, 32, 20), (3, 5000, 1), (9, 1, 9)):
+        assert stand_in.neunorm_groups(batch, strips) == groups
 
 
 @every_dtype

@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../build_info.h"
 #include "dispatch.h"
@@ -37,9 +38,22 @@ class DeviceGuard {
 
 DeviceProperties properties_of(int device) {
   DeviceProperties properties{};
-  throw_on(cudaDeviceGetAttribute(&properties.processors, cudaDevAttrMultiProcessorCount, device),
-           "cudaDeviceGetAttribute");
+  const auto ask = [device](int& value, cudaDeviceAttr attribute) {
+    throw_on(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  };
+  ask(properties.processors, cudaDevAttrMultiProcessorCount);
+  ask(properties.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return properties;
+}
+
+// Neurons with normalisation. More shared memory than any block may have is asked for first.
+template <class Kernel, class Io, class Neuron>
+void launch_blocks(Kernel kernel, const NeuNormPlan& plan, void* stream, const Io& io, const Neuron& neuron) {
+  if (plan.shared_bytes > 0)
+    throw_on(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
+             "cudaFuncSetAttribute");
+  kernel<<<unsigned(plan.blocks), kNeuNormThreads, size_t(plan.shared_bytes), static_cast<cudaStream_t>(stream)>>>(
+      io, plan, neuron);
 }
 
 }  // namespace
@@ -73,11 +87,10 @@ void launch_backward(const LifBackward<Scalar>& io, const LifOptions& options, i
 template <class Scalar>
 void launch_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, int device, void* stream) {
   const DeviceGuard guard(device);
-  const auto on = static_cast<cudaStream_t>(stream);
-  const NeuNormPlan plan = plan_neunorm_forward(io.batch, io.features, io.positions);
+  const NeuNormPlan plan =
+      plan_neunorm_forward(io.batch, io.features, io.positions, sizeof(Scalar), properties_of(device));
   visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
-    neunorm_forward<kNeuNormWarps>
-        <<<unsigned(plan.blocks), kNeuNormWarps * kStrip, size_t(plan.shared_bytes), on>>>(io, plan, neuron);
+    launch_blocks(neunorm_forward<kNeuNormThreads, Scalar, std::decay_t<decltype(neuron)>>, plan, stream, io, neuron);
   });
   throw_on(cudaGetLastError(), "launching neunorm_forward");
 }
@@ -85,10 +98,10 @@ void launch_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& 
 template <class Scalar>
 void launch_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options, int device, void* stream) {
   const DeviceGuard guard(device);
-  const auto on = static_cast<cudaStream_t>(stream);
-  const NeuNormPlan plan = plan_neunorm_backward(io.groups, io.positions);
+  const NeuNormPlan plan =
+      plan_neunorm_backward(io.groups, io.features, io.positions, sizeof(Scalar), properties_of(device));
   visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
-    neunorm_backward<kNeuNormWarps><<<unsigned(plan.blocks), kNeuNormWarps * kStrip, 0, on>>>(io, plan, neuron);
+    launch_blocks(neunorm_backward<kNeuNormThreads, Scalar, std::decay_t<decltype(neuron)>>, plan, stream, io, neuron);
   });
   throw_on(cudaGetLastError(), "launching neunorm_backward");
 }

@@ -4,11 +4,14 @@
 
 #include <cstdint>
 
+#include "launch.h"
+
 namespace stbp::cuda {
 
 // What the plans ask of a GPU.
 struct DeviceProperties {
   int processors;
+  int shared_bytes;  // that a block may have if it asks for them
 };
 
 struct LifPlan {
@@ -40,38 +43,67 @@ inline LifPlan plan_lif(int64_t neurons, int scalar_bytes, int widest, const Dev
 }
 
 struct NeuNormPlan {
-  int64_t strips;    // of positions
+  int strip;         // neighbouring positions of a block, a power of 2
+  int64_t strips;    // of all positions
   int64_t blocks;    // strips x samples, or strips x groups of them
-  int shared_bytes;  // for the spikes of a chunk, a bit for each step; 0 where they wait in the output itself
+  int shared_bytes;  // for what waits for a sum over the features; 0 where that waits in global memory
 };
 
-// Positions that a block has: one for each thread of a warp.
-constexpr int kStrip = 32;
+// Two barriers for each chunk: with fewer threads a block does more of its work between them, with more it hides more
+// of the latency of memory.
+constexpr int kNeuNormThreads = 256;
+constexpr int kMostStrip = 32;
 
-// Two barriers for each chunk: with fewer warps a block does more of its work between them, with more it hides more of
-// the latency of memory.
-constexpr int kNeuNormWarps = 8;
+// What a block of so many threads has in shared memory anyway: the values that it adds up, and the parts of their sums.
+template <int kThreads>
+constexpr int kNeuNormScratch = kNeuNormChunk * (kThreads + kMostStrip);
 
-inline int64_t neunorm_strips(int64_t positions) { return (positions + kStrip - 1) / kStrip; }
+// Positions of a block: as many as a warp has threads, or as there are, but not so many that what it holds backward, a
+// chunk's gradients for all features, takes more than 64 KB, with which an A100's multiprocessor has room for two
+// blocks; down to 8, as 32 bytes, 8 float32, are the least that memory moves. Follows from the shape and the dtype
+// alone, for the sums over a strip are rounded by themselves.
+inline int neunorm_strip(int64_t features, int64_t positions, int scalar_bytes) {
+  constexpr int64_t kMostHeld = 64 * 1024;
+  const int64_t of_position = features * kNeuNormChunk * scalar_bytes;
+  int strip = kMostStrip;
+  while (strip > 1 && strip / 2 >= positions) strip /= 2;
+  while (strip > 8 && of_position * strip > kMostHeld) strip /= 2;
+  return strip;
+}
+
+inline int64_t neunorm_strips(int64_t features, int64_t positions, int scalar_bytes) {
+  const int strip = neunorm_strip(features, positions, scalar_bytes);
+  return (positions + strip - 1) / strip;
+}
 
 // Enough blocks for any GPU, and the same number on all of them, as the sums over a group are rounded by themselves.
-inline int64_t neunorm_groups(int64_t batch, int64_t positions) {
+inline int64_t neunorm_groups(int64_t batch, int64_t strips) {
   constexpr int64_t kBlocks = 1024;
-  const int64_t strips = neunorm_strips(positions);
   const int64_t groups = strips > 0 ? (kBlocks + strips - 1) / strips : 1;
   return groups < batch ? groups : batch > 0 ? batch : 1;
 }
 
-// Of F features. What a block may have without asking for more is 48 KB, of which the sums take up to 16.
-inline NeuNormPlan plan_neunorm_forward(int64_t batch, int64_t features, int64_t positions) {
-  constexpr int64_t kMostShared = 32 * 1024;
-  const int64_t strips = neunorm_strips(positions), bytes = features * kStrip;
-  return {strips, strips * batch, bytes <= kMostShared ? int(bytes) : 0};
+// So many bytes beside the scratch memory, or none.
+inline int shared_if_it_fits(int64_t bytes, int scalar_bytes, const DeviceProperties& device) {
+  const int64_t left = device.shared_bytes - kNeuNormScratch<kNeuNormThreads> * (scalar_bytes == 8 ? 8 : 4);
+  return bytes <= left ? int(bytes) : 0;
 }
 
-inline NeuNormPlan plan_neunorm_backward(int64_t groups, int64_t positions) {
-  const int64_t strips = neunorm_strips(positions);
-  return {strips, strips * groups, 0};
+// A byte for each feature and position, with a bit for the spike of each step of a chunk.
+inline NeuNormPlan plan_neunorm_forward(int64_t batch, int64_t features, int64_t positions, int scalar_bytes,
+                                        const DeviceProperties& device) {
+  const int strip = neunorm_strip(features, positions, scalar_bytes);
+  const int64_t strips = neunorm_strips(features, positions, scalar_bytes);
+  return {strip, strips, strips * batch, shared_if_it_fits(features * strip, scalar_bytes, device)};
+}
+
+// The gradients of a chunk.
+inline NeuNormPlan plan_neunorm_backward(int64_t groups, int64_t features, int64_t positions, int scalar_bytes,
+                                         const DeviceProperties& device) {
+  const int strip = neunorm_strip(features, positions, scalar_bytes);
+  const int64_t strips = neunorm_strips(features, positions, scalar_bytes);
+  const int64_t wanted = features * strip * kNeuNormChunk * scalar_bytes;
+  return {strip, strips, strips * groups, shared_if_it_fits(wanted, scalar_bytes, device)};
 }
 
 }  // namespace stbp::cuda

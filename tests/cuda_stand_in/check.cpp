@@ -44,6 +44,18 @@ std::vector<Scalar> unwritten(int64_t size) {
   return std::vector<Scalar>(static_cast<size_t>(size), Rounded<Scalar>::from(std::numeric_limits<float>::quiet_NaN()));
 }
 
+// Runs a kernel; whether it has read as many bytes of each of these arrays as that has.
+template <class Kernel, class... Arrays>
+bool reads_once(const Kernel& kernel, const Arrays&... arrays) {
+  (counted.emplace_back(arrays.data(), arrays.data() + arrays.size()), ...);
+  kernel();
+  bool once = true;
+  for (const Counted& array : counted)
+    once = once && array.bytes == size_t(static_cast<const char*>(array.end) - static_cast<const char*>(array.begin));
+  counted.clear();
+  return once;
+}
+
 template <class T>
 bool same(T a, T b) {
   return to_state(a) == to_state(b);
@@ -89,9 +101,13 @@ void check_lif(int64_t steps, int64_t neurons, int width, int threads, bool soft
   const int64_t block = int64_t(width) * threads;
   const LifPlan plan{width, threads, (neurons + block - 1) / block};
   const Neuron neuron = neuron_of(options);
+  bool once = false;
   const auto run = [&](auto compiled) {
-    launch(plan, 0, [&] { lif_forward<decltype(compiled)::value>(forward, plan, neuron); });
-    launch(plan, 0, [&] { lif_backward<decltype(compiled)::value>(backward, plan, neuron); });
+    constexpr int kWidth = decltype(compiled)::value;
+    const auto run_forward = [&] { launch(plan, 0, [&] { lif_forward<kWidth>(forward, plan, neuron); }); };
+    const auto run_backward = [&] { launch(plan, 0, [&] { lif_backward<kWidth>(backward, plan, neuron); }); };
+    once = reads_once(run_forward, x, initial);
+    once = reads_once(run_backward, x, states, gradient, grad_final) && once;
   };
   visit_compiled_width<Scalar>(plan, run);
   for (int64_t n = 0; n < neurons; ++n) {
@@ -107,6 +123,7 @@ void check_lif(int64_t steps, int64_t neurons, int width, int threads, bool soft
     demand(same(final_potential[size_t(n)], expected.final_potential), "the final potential");
     demand(same(grad_initial[size_t(n)], expected.grad_initial), "dL/dv[0]");
   }
+  demand(once, "more or less read than there is");
 }
 
 // Pointers that allow no pack must not be given one.
@@ -132,7 +149,7 @@ T* reserve(int64_t size) {
 // More than 2^31 neurons: the last block alone, at the addresses that all of them would have.
 void check_large() {
   constexpr int64_t kSteps = kChunk + 1, kNeurons = (int64_t(1) << 31) + 8 * 40;
-  const LifPlan plan = plan_lif(kNeurons, sizeof(Half), 8, {132});
+  const LifPlan plan = plan_lif(kNeurons, sizeof(Half), 8, {132, 0});
   demand(plan.width == 8, "a plan for many neurons");
   auto* const x = reserve<Half>(kSteps * kNeurons);
   auto* const spikes = reserve<Half>(kSteps * kNeurons);
@@ -162,11 +179,13 @@ void check_large() {
 
 bool near(float a, float b) { return std::abs(a - b) <= 1e-5f * (1 + std::abs(b)); }
 
-void check_neunorm(int64_t steps, int64_t batch, int64_t features, int64_t positions, int64_t groups, bool in_shared) {
+void check_neunorm(int64_t steps, int64_t batch, int64_t features, int64_t positions, int64_t groups,
+                   int shared_bytes) {
   const LifOptions options = options_of(false);
   const Neuron neuron = neuron_of(options);
   const int64_t all = steps * batch * features * positions, maps = steps * batch * positions;
-  const int64_t kept = (steps - 1) / kNeuNormChunk, weights = features * positions, strips = neunorm_strips(positions);
+  const int64_t kept = (steps - 1) / kNeuNormChunk, weights = features * positions;
+  const int64_t strips = neunorm_strips(features, positions, sizeof(float));
   const auto x = random_row<float>(all, -0.5f, 1.5f), gradient = random_row<float>(all, -1, 1);
   const auto weight = random_row<float>(weights, 0, 1);
   const std::vector<float> decays{0.5f, 0.75f};
@@ -174,8 +193,6 @@ void check_neunorm(int64_t steps, int64_t batch, int64_t features, int64_t posit
   auto sums = unwritten<float>(maps), a = unwritten<float>(maps);
   auto states = unwritten<float>(kept * batch * weights), carried = unwritten<float>(groups * weights);
   auto grad_weight = unwritten<float>(groups * weights), grad_decays = unwritten<float>(groups * strips * 2);
-  NeuNormPlan plan = plan_neunorm_forward(batch, features, positions);
-  if (!in_shared) plan.shared_bytes = 0;
   const NeuNormForward<float> forward{steps,       batch,    features,      positions,     0.75f,
                                       false,       x.data(), weight.data(), decays.data(), normalised.data(),
                                       sums.data(), a.data(), states.data()};
@@ -197,11 +214,22 @@ void check_neunorm(int64_t steps, int64_t batch, int64_t features, int64_t posit
                                         grad_weight.data(),
                                         grad_decays.data(),
                                         carried.data()};
+  const DeviceProperties device{132, shared_bytes};
+  const NeuNormPlan plan = plan_neunorm_forward(batch, features, positions, sizeof(float), device);
   std::vector<unsigned char> shared(static_cast<size_t>(plan.shared_bytes));
   shared_memory = shared.data();
-  launch_blocks(plan.blocks, [&] { neunorm_forward<kWarps>(forward, plan, neuron); });
-  const NeuNormPlan back = plan_neunorm_backward(groups, positions);
-  launch_blocks(back.blocks, [&] { neunorm_backward<kWarps>(backward, back, neuron); });
+  const auto run_forward = [&] {
+    launch_blocks(plan.blocks, [&] { neunorm_forward<kBlockThreads>(forward, plan, neuron); });
+  };
+  const NeuNormPlan back = plan_neunorm_backward(groups, features, positions, sizeof(float), device);
+  const auto run_backward = [&] {
+    launch_blocks(back.blocks, [&] { neunorm_backward<kBlockThreads>(backward, back, neuron); });
+  };
+  demand((plan.shared_bytes > 0) == (shared_bytes > 0) && (back.shared_bytes > 0) == (shared_bytes > 0), "the plans");
+  bool once = reads_once(run_forward, x);
+  shared.assign(static_cast<size_t>(back.shared_bytes), 0);
+  shared_memory = shared.data();
+  once = reads_once(run_backward, x, states, gradient) && once;
 
   const float gain = (1 - decays[1]) / float(features);
   std::vector<double> weight_total(static_cast<size_t>(weights));
@@ -249,15 +277,24 @@ void check_neunorm(int64_t steps, int64_t batch, int64_t features, int64_t posit
   for (size_t i = 0; i < grad_decays.size(); ++i) found[i % 2] += double(grad_decays[i]);
   demand(std::abs(found[0] - decay_total) <= 1e-3, "dL/ddecay");
   demand(std::abs(found[1] - norm_decay_total) <= 1e-3, "dL/dnorm_decay");
+  // But where gradients are read again, and threads without a position read the last.
+  demand(once || shared_bytes == 0 || positions % plan.strip != 0, "more or less read than there is");
 }
 
 }  // namespace
 }  // namespace stbp::cuda
 
+// Not beside threads of the system, for which the kernels without barriers are nothing new.
+#if defined(STBP_THREADS) || defined(STBP_NEUNORM_ALONE)
+constexpr bool kWithoutBarriers = false;
+#else
+constexpr bool kWithoutBarriers = true;
+#endif
+
 int main() {
   using namespace stbp;
   using namespace stbp::cuda;
-  if (!kSystemThreads) {  // for which the kernels without barriers are nothing new
+  if constexpr (kWithoutBarriers) {
     check_alignment();
     for (const bool soft : {false, true})
       for (const int64_t steps : {1, 7, 8, 9, 16, 17, 24, 25, 41})
@@ -268,10 +305,12 @@ int main() {
           }
     check_large();
   }
-  for (const bool in_shared : {true, false}) {
-    check_neunorm(2 * kNeuNormChunk + 3, 2, 5, kStrip + 1, 1, in_shared);
-    check_neunorm(kNeuNormChunk + 1, 3, 3, 1, 2, in_shared);
-    check_neunorm(3, 1, 1, kStrip, 1, in_shared);
+  for (const int shared_bytes : {0, 48 * 1024}) {
+    check_neunorm(2 * kNeuNormChunk + 3, 2, 5, kMostStrip + 1, 1, shared_bytes);
+    check_neunorm(kNeuNormChunk + 1, 3, 3, 1, 2, shared_bytes);
+    check_neunorm(2 * kNeuNormChunk, 2, 9, 6, 1, shared_bytes);
+    check_neunorm(kNeuNormChunk + 3, 1, 17, 2, 1, shared_bytes);
+    check_neunorm(3, 1, 1, kMostStrip, 1, shared_bytes);
   }
   std::puts("all the same");
 }

@@ -14,12 +14,12 @@ void instantiate(const LifForward<Scalar>& forward, const LifBackward<Scalar>& b
   visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
     visit_compiled_width<Scalar>(
         plan, [&](auto width) { lif_forward<decltype(width)::value><<<1, 1>>>(forward, plan, neuron); });
-    neunorm_forward<kNeuNormWarps><<<1, 1>>>(norm_forward, norm_plan, neuron);
+    neunorm_forward<kNeuNormThreads><<<1, 1>>>(norm_forward, norm_plan, neuron);
   });
   visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
     visit_compiled_width<Scalar>(
         plan, [&](auto width) { lif_backward<decltype(width)::value><<<1, 1>>>(backward, plan, neuron); });
-    neunorm_backward<kNeuNormWarps><<<1, 1>>>(norm_backward, norm_plan, neuron);
+    neunorm_backward<kNeuNormThreads><<<1, 1>>>(norm_backward, norm_plan, neuron);
   });
 }
 

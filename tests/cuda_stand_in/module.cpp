@@ -19,7 +19,8 @@ namespace stbp::cuda {
   extern template void run_backward<Scalar>(const LifBackward<Scalar>&, const LifOptions&, const LifPlan&, int64_t); \
   extern template void run_neunorm_forward<Scalar>(const NeuNormForward<Scalar>&, const LifOptions&,                 \
                                                    const NeuNormPlan&);                                              \
-  extern template void run_neunorm_backward<Scalar>(const NeuNormBackward<Scalar>&, const LifOptions&);
+  extern template void run_neunorm_backward<Scalar>(const NeuNormBackward<Scalar>&, const LifOptions&,               \
+                                                    const NeuNormPlan&);
 STBP_ELSEWHERE(float)
 STBP_ELSEWHERE(double)
 STBP_ELSEWHERE(Half)
@@ -149,15 +150,24 @@ PYBIND11_MODULE(stand_in, m) {
       .def_readonly("threads", &LifPlan::threads)
       .def_readonly("blocks", &LifPlan::blocks);
   m.def("plan_lif", [](int64_t neurons, int scalar_bytes, int widest, int processors) {
-    return plan_lif(neurons, scalar_bytes, widest, {processors});
+    return plan_lif(neurons, scalar_bytes, widest, {processors, 0});
   });
   m.attr("neunorm_chunk") = kNeuNormChunk;
   py::class_<NeuNormPlan>(m, "NeuNormPlan")
-      .def(py::init<int64_t, int64_t, int>(), py::arg("strips"), py::arg("blocks"), py::arg("shared_bytes"))
+      .def(py::init<int, int64_t, int64_t, int>(), py::arg("strip"), py::arg("strips"), py::arg("blocks"),
+           py::arg("shared_bytes"))
+      .def_readonly("strip", &NeuNormPlan::strip)
       .def_readonly("strips", &NeuNormPlan::strips)
       .def_readonly("blocks", &NeuNormPlan::blocks)
       .def_readonly("shared_bytes", &NeuNormPlan::shared_bytes);
-  m.def("plan_neunorm_forward", &plan_neunorm_forward);
+  m.def("plan_neunorm_forward",
+        [](int64_t batch, int64_t features, int64_t positions, int scalar_bytes, int shared_bytes) {
+          return plan_neunorm_forward(batch, features, positions, scalar_bytes, {0, shared_bytes});
+        });
+  m.def("plan_neunorm_backward",
+        [](int64_t groups, int64_t features, int64_t positions, int scalar_bytes, int shared_bytes) {
+          return plan_neunorm_backward(groups, features, positions, scalar_bytes, {0, shared_bytes});
+        });
   m.def("neunorm_groups", &neunorm_groups);
   m.def("neunorm_strips", &neunorm_strips);
   py::class_<LifOptions>(m, "Options")

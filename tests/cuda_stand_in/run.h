@@ -56,10 +56,8 @@ void run_backward(const LifBackward<Scalar>& io, const LifOptions& options, cons
 // For kernels whose threads wait for each other: a block's threads have a stack each, and run in turn from one
 // __syncthreads() to the next. Where one is missing, a thread finds what another one has not yet written, or overwrites
 // what it has not yet read, every time.
-constexpr int kWarps = 2;
+constexpr int kBlockThreads = 64;
 #ifndef STBP_THREADS
-
-constexpr bool kSystemThreads = false;
 
 class Fibers {
  public:
@@ -112,7 +110,7 @@ class Fibers {
 
 template <class Kernel>
 void launch_blocks(int64_t blocks, const Kernel& kernel) {
-  Fibers fibers(kWarps * kStrip, kernel);
+  Fibers fibers(kBlockThreads, kernel);
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) fibers.run_block();
 }
 
@@ -121,7 +119,6 @@ inline void wait_for_block() { Fibers::wait(); }
 #else
 
 // The same with threads of the system, for ThreadSanitizer to watch.
-constexpr bool kSystemThreads = true;
 // Two barriers for one: ThreadSanitizer takes what a thread does before it waits for known to all that leave, also to
 // one so late that the others have come to the next barrier, unless that is another.
 inline pthread_barrier_t barriers[2];
@@ -131,10 +128,9 @@ inline void wait_for_block() {
 
 template <class Kernel>
 void launch_blocks(int64_t blocks, const Kernel& kernel) {
-  constexpr unsigned kThreads = kWarps * kStrip;
-  for (pthread_barrier_t& barrier : barriers) pthread_barrier_init(&barrier, nullptr, kThreads);
+  for (pthread_barrier_t& barrier : barriers) pthread_barrier_init(&barrier, nullptr, kBlockThreads);
   std::vector<std::thread> threads;
-  for (unsigned i = 0; i < kThreads; ++i) {
+  for (unsigned i = 0; i < unsigned(kBlockThreads); ++i) {
     threads.emplace_back([&, i] {
       threadIdx.x = i;
       for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
@@ -154,15 +150,16 @@ void run_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& opt
   const std::unique_ptr<unsigned char[]> shared(new unsigned char[size_t(plan.shared_bytes)]);
   shared_memory = shared.get();
   visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
-    launch_blocks(plan.blocks, [&] { neunorm_forward<kWarps>(io, plan, neuron); });
+    launch_blocks(plan.blocks, [&] { neunorm_forward<kBlockThreads>(io, plan, neuron); });
   });
 }
 
 template <class Scalar>
-void run_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options) {
-  const NeuNormPlan plan = plan_neunorm_backward(io.groups, io.positions);
+void run_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options, const NeuNormPlan& plan) {
+  const std::unique_ptr<unsigned char[]> shared(new unsigned char[size_t(plan.shared_bytes)]);
+  shared_memory = shared.get();
   visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
-    launch_blocks(plan.blocks, [&] { neunorm_backward<kWarps>(io, plan, neuron); });
+    launch_blocks(plan.blocks, [&] { neunorm_backward<kBlockThreads>(io, plan, neuron); });
   });
 }
 
