@@ -267,16 +267,41 @@ def where(machine: dict[str, Any]) -> str:
     return f"{machine['gpu'] or cpu} (torch {machine['torch']})"
 
 
-def write(path: Path, data: bytes) -> None:
+class Points(list[dict[str, Any]]):
+    """What a benchmark has measured so far. Each point is also kept in NAME.unfinished.json of the folder, as it comes:
+    a run that is cut short leaves that file, and one that gets to its end takes it away."""
+
+    def __init__(self, folder: Path, name: str, machine: dict[str, Any]) -> None:
+        self.path = folder / f"{name}.unfinished.json"
+        self.machine = machine
+        self.path.unlink(missing_ok=True)
+
+    def append(self, point: dict[str, Any]) -> None:
+        super().append(point)
+        replace(self.path, encoded({"machine": self.machine, "points": self}))
+
+    def finish(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def replace(path: Path, data: bytes) -> None:
     """All or nothing: an interrupted run leaves the file of the one before."""
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(data)
     part.replace(path)
+
+
+def write(path: Path, data: bytes) -> None:
+    replace(path, data)
     print(path)
 
 
+def encoded(result: object) -> bytes:
+    return (json.dumps(result, indent=1) + "\n").encode()
+
+
 def write_json(path: Path, result: object) -> None:
-    write(path, (json.dumps(result, indent=1) + "\n").encode())
+    write(path, encoded(result))
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -185,7 +185,8 @@ def main() -> None:
     steps, neurons = (QUICK_STEPS, QUICK_NEURONS) if args.quick else (STEPS, NEURONS)
     grid = list(itertools.product(args.steps or steps, args.neurons or neurons))
     machine = harness.describe(device)
-    points: list[dict[str, Any]] = []
+    name_of_result = f"kernels-cpu{'-quick' if args.quick else ''}"
+    points = harness.Points(args.out, name_of_result, machine)
     with tempfile.TemporaryDirectory() as folder:
         program = build(Path(folder))
         print(f"{'set':<9}{'dtype':<9}{'threads':>8}{'T':>5}{'N':>10}{'x MiB':>10}{'copy GB/s':>11}", end="")
@@ -208,9 +209,10 @@ def main() -> None:
         text = f"{name:<14}median {share['median']:>5.0%}, worst {share['worst']:>5.0%}; "
         text += f"at least {TARGET:.0%} at {seen['met_at']} of {seen['points']} points"
         print(text + (f"; all threads {gain:.2f} x as fast as one" if gain else ""))
-    name = f"kernels-cpu{'-quick' if args.quick else ''}"
-    harness.write_json(args.out / f"{name}.json", {"machine": machine, "summary": summary, "points": points})
-    harness.save(picture(points, machine), args.out / f"{name}.png")
+    result = {"machine": machine, "summary": summary, "points": points}
+    harness.write_json(args.out / f"{name_of_result}.json", result)
+    harness.save(picture(points, machine), args.out / f"{name_of_result}.png")
+    points.finish()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from harness import (
+    Points,
     add_arguments,
     describe,
     in_fresh_process,
@@ -162,7 +163,8 @@ def main() -> None:
     neurons = args.neurons or (2**18 if args.quick else 2**20)
 
     machine = describe(device)
-    points: list[dict[str, Any]] = []
+    name_of_result = f"memory-{device.type}{'-quick' if args.quick else ''}"
+    points = Points(args.out, name_of_result, machine)
     failed: dict[str, str] = {}
     print(f"bytes for each neuron and step; {args.steps} steps of {neurons:,} neurons")
     print(f"{'dtype':<9} {'':<32}{'kept':>11}{'of it x':>11}{'growth':>11}{'peak':>11}   kept, by design")
@@ -195,9 +197,9 @@ def main() -> None:
     for name, problem in failed.items():
         print(f"not measured: {name}: {problem}")
     result = {"machine": machine, "steps": args.steps, "neurons": neurons, "not_measured": failed, "points": points}
-    name = f"memory-{device.type}{'-quick' if args.quick else ''}"
-    write_json(args.out / f"{name}.json", result)
-    save(picture(points, machine, args.steps, neurons), args.out / f"{name}.png")
+    write_json(args.out / f"{name_of_result}.json", result)
+    save(picture(points, machine, args.steps, neurons), args.out / f"{name_of_result}.png")
+    points.finish()
 
 
 if __name__ == "__main__":

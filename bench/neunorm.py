@@ -163,7 +163,8 @@ def main() -> None:
     machine = harness.describe(device)
     shapes = QUICK_SHAPES if args.quick else SHAPES
     dtypes = DTYPES[: 1 if args.quick else 2]
-    points: list[dict[str, Any]] = []
+    name_of_result = f"neunorm-{device.type}{'-quick' if args.quick else ''}"
+    points = harness.Points(args.out, name_of_result, machine)
     print(f"{'T x B x C x H x W':<22}{'dtype':<10}{'pass':<9}{'ns':>8}{'GB/s':>8}{'copy':>8}", end="")
     print(f"{'LIFLayer + NeuNorm':>24}{'eager loop + NeuNorm':>24}")
     with tqdm(total=len(shapes) * len(dtypes), disable=None) as bar:
@@ -182,10 +183,10 @@ def main() -> None:
     }
     for target, met in targets.items():
         print(f"{'met' if met else 'NOT MET':<9}{target}")
-    name = f"neunorm-{device.type}{'-quick' if args.quick else ''}"
     result = {"machine": machine, "summary": summary, "targets": targets, "points": points}
-    harness.write_json(args.out / f"{name}.json", result)
-    harness.save(picture(points, machine), args.out / f"{name}.png")
+    harness.write_json(args.out / f"{name_of_result}.json", result)
+    harness.save(picture(points, machine), args.out / f"{name_of_result}.png")
+    points.finish()
 
 
 if __name__ == "__main__":

@@ -158,10 +158,13 @@ def main() -> None:
     args = parser.parse_args()
     device = harness.prepare(parser, args)
     machine = harness.describe(device)
+    name_of_result = f"overhead-{device.type}{'-quick' if args.quick else ''}"
+    points = harness.Points(args.out, name_of_result, machine)
     times = {}
     for title, runs in contestants(args.steps, args.neurons, device).items():
         times[title] = host_seconds(runs, args.seconds)
         harness.synchronize(device)
+        points.append({title: times[title]})
         print(f"\n{title + ', us':<40}{'median':>9}   25-75 %")
         for name, value in times[title].items():
             low, high = (1e6 * number for number in value["quartiles"])
@@ -171,10 +174,10 @@ def main() -> None:
     host = both["LIFLayer"]["median"]
     print(f"\n{'met' if host <= TARGET else 'NOT MET':<9}at most {1e6 * TARGET:.0f} us on the host: {1e6 * host:.1f}")
     shape = f"{args.steps} x {args.neurons}"
-    name = f"overhead-{device.type}{'-quick' if args.quick else ''}"
     result = {"machine": machine, "steps": args.steps, "neurons": args.neurons, "times": times, "target": TARGET}
-    harness.write_json(args.out / f"{name}.json", result)
-    harness.save(picture(both, machine, shape), args.out / f"{name}.png")
+    harness.write_json(args.out / f"{name_of_result}.json", result)
+    harness.save(picture(both, machine, shape), args.out / f"{name_of_result}.png")
+    points.finish()
 
 
 if __name__ == "__main__":

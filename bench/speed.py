@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 from harness import (
+    Points,
     add_arguments,
     describe,
     free_memory,
@@ -366,9 +366,8 @@ def main() -> None:
             print(f"left out: {left_out[-1]}, which may not fit in memory")
     if not todo:
         parser.error("no point is left to measure")
-    points: list[Point] = []
     name = f"{device.type}{'-quick' if args.quick else ''}"
-    unfinished = args.out / f"speed-{name}.unfinished.json"  # what is left of a run that is cut short
+    points = Points(args.out, f"speed-{name}", machine)
     print(f"\n{header(names)}")
     with no_compile_cache(), tqdm(total=len(PASSES) * len(todo), disable=None) as bar:
         if "compile" in names:
@@ -380,7 +379,6 @@ def main() -> None:
                 points.append(point)
                 bar.write(row(point, names))
                 bar.update()
-            unfinished.write_text(json.dumps({"machine": machine, "points": points}))
     summary = summarise(points)
     show(summary)
     result = {
@@ -396,7 +394,7 @@ def main() -> None:
     write_json(args.out / f"speed-{name}.json", result)
     save(cost_picture(points, machine), args.out / f"speed-{name}.png")
     save(roofline_picture(points, machine), args.out / f"roofline-{name}.png")
-    unfinished.unlink()
+    points.finish()
 
 
 if __name__ == "__main__":

@@ -627,7 +627,8 @@ def main() -> None:
             tasks[name, network] = []
 
     machine = harness.describe(device)
-    points: list[dict[str, Any]] = []
+    name_of_result = "-".join(filter(None, ("train_step", args.study, device.type, "quick" if args.quick else "")))
+    points = harness.Points(args.out, name_of_result, machine)
     print(HEADER)
     with tqdm(total=len(tasks) * len(modes), disable=None) as bar:
         for (network_name, network), grows in tasks.items():
@@ -663,7 +664,6 @@ def main() -> None:
                     points.append(point)
                     bar.write(row(point))
                 bar.update()
-    name = "-".join(filter(None, ("train_step", args.study, device.type, "quick" if args.quick else "")))
     result: dict[str, Any] = {"machine": machine, "malloc": MALLOC, "points": points}
     if args.study == "speed":
         figure = speed_picture(points, machine)
@@ -681,8 +681,9 @@ def main() -> None:
             other = f" ({seen['to_its_default']:.2f} x if only ours is)" if seen["to_its_default"] else ""
             word = "met" if seen["met"] else "NOT MET"
             print(f"{word:<9}{target}, both with malloc told to keep its memory: {seen['ratio']:.2f} x{other}")
-    harness.write_json(args.out / f"{name}.json", result)
-    harness.save(figure, args.out / f"{name}.png")
+    harness.write_json(args.out / f"{name_of_result}.json", result)
+    harness.save(figure, args.out / f"{name_of_result}.png")
+    points.finish()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import math
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import compare
 import harness
 import matplotlib.image
 import pytest
+import report
 import rivals
 import speed
 import torch
@@ -38,6 +40,7 @@ def result(done: subprocess.CompletedProcess[str], folder: Path, name: str, *pic
     assert done.returncode == 0, done.stderr[-5000:]
     for picture in pictures:
         assert matplotlib.image.imread(folder / f"{picture}.png").std() > 0.05
+    assert not list(folder.glob("*.unfinished.json"))
     written = json.loads((folder / f"{name}.json").read_text())
     assert {"date", "cpu", "threads", "torch", "stbp_cuda", "cpu_instruction_set"} <= written["machine"].keys()
     return written
@@ -183,6 +186,29 @@ def test_neunorm(tmp_path: Path) -> None:
         assert point["moved_bytes"] == math.prod(point["shape"]) * (8 if point["pass"] == "fwd" else 20)
     worst = min(p["ratios"]["LIFLayer + NeuNorm"] for p in points if p["pass"] == "fwd+bwd")
     assert [met for target, met in written["targets"].items() if "each layer" in target] == [worst >= 2]
+
+
+def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "neunorm.py"), "--device", "cpu", "--quick", "--seconds", "0.5"]
+    with subprocess.Popen([*command, "--out", str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = next(line for line in process.stdout if "fwd+bwd" in line)
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+    assert process.returncode != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["neunorm-cpu-quick.unfinished.json"]
+    kept = json.loads((tmp_path / "neunorm-cpu-quick.unfinished.json").read_text())
+    assert kept["machine"]["torch"] == torch.__version__
+    assert [point["pass"] for point in kept["points"]][:2] == ["fwd", "fwd+bwd"]
+    assert len(kept["points"]) < 4
+    assert " x ".join(map(str, kept["points"][1]["shape"])) in line
+
+    (tmp_path / "parts.tsv").write_text("build\tpassed\t3\nneunorm\tcut short after 1 s\t1\n")
+    (tmp_path / "neunorm.log").write_text(line)
+    text = report.summary(tmp_path)
+    assert "| neunorm | cut short after 1 s | 1 |" in text
+    assert line in text
+    assert f".unfinished.json) has the {len(kept['points'])} points" in text
 
 
 def test_overhead(tmp_path: Path) -> None:
