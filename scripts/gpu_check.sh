@@ -33,18 +33,23 @@ while (($#)); do
 done
 [[ $minutes =~ ^[0-9]+$ && $minutes -gt 0 ]] || { echo "--minutes must be a positive integer, got $minutes" >&2; exit 2; }
 [[ $device == cuda || $device == cpu ]] || { echo "--device must be cuda or cpu, got $device" >&2; exit 2; }
+[[ $device == cuda ]] || skip+=sanitizer,
 parts="build tests sanitizer speed memory overhead train_step speed_study growth_study neunorm"
 for part in ${skip//,/ }; do
   [[ " $parts " == *" $part "* ]] || { echo "--skip: there is no part $part, but $parts" >&2; exit 2; }
 done
 [[ -z $rivals || -d $rivals ]] || { echo "--rivals: $rivals is no folder" >&2; exit 2; }
 
-# What the machine lacks, all of it at once; the GPU's name and architecture.
+# What the machine lacks, all of it at once; the GPU's name and architecture; what only the examples want and is missing.
 machine=$(python - "$device" <<'PYTHON'
-import importlib.util, sys
+import importlib.metadata, importlib.util, sys
 
 needed = ("torch", "setuptools", "ninja", "pytest", "hypothesis", "expecttest", "numpy", "matplotlib", "tqdm")
-lacks = [f"the Python package {name}" for name in needed if importlib.util.find_spec(name) is None]
+of_examples = ("lightning_fabric", "sklearn", "tensorboard", "tonic", "torchvision")
+missing = [name for name in (*needed, *of_examples) if importlib.util.find_spec(name) is None]
+lacks = [f"the Python package {name}" for name in missing if name in needed]
+if "setuptools" not in missing and int((version := importlib.metadata.version("setuptools")).split(".")[0]) < 77:
+    lacks.append(f"setuptools >= 77, which pyproject.toml wants: here is {version}")
 name, architecture = "rehearsal", ""
 if sys.argv[1] == "cuda" and "the Python package torch" not in lacks:
     import torch
@@ -54,10 +59,10 @@ if sys.argv[1] == "cuda" and "the Python package torch" not in lacks:
         architecture = "{}.{}".format(*torch.cuda.get_device_capability())
     else:
         lacks.append("a GPU that torch can use")
-print(name, architecture, *lacks, sep="\n")
+print(name, architecture, ", ".join(name for name in missing if name in of_examples), *lacks, sep="\n")
 PYTHON
 ) || exit 2
-{ read -r name; read -r TORCH_CUDA_ARCH_LIST; mapfile -t lacks; } <<<"$machine"
+{ read -r name; read -r TORCH_CUDA_ARCH_LIST; read -r no_examples; mapfile -t lacks; } <<<"$machine"
 if [[ $device == cuda && ! -x ${CUDA_HOME:-/nowhere}/bin/nvcc ]]; then
   command -v nvcc >/dev/null || lacks+=("nvcc, on PATH or in CUDA_HOME")
 fi
@@ -73,7 +78,7 @@ else
 fi
 out=bench/results/$(tr -c '[:alnum:]\n' - <<<"$name")
 mkdir -p "$out"
-rm -f "$out"/*.log "$out/parts.tsv"
+rm -f "$out"/*.log "$out"/*.unfinished.json "$out/parts.tsv"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -83,15 +88,21 @@ if [[ $rivals ]]; then
 fi
 
 failed=0
-# part NAME SECONDS COMMAND...: run it for at most so long, and no longer than there is time left in all.
+# How the time is shared out: what a part leaves of its own goes to those after it.
+declare -A weights=([build]=120 [tests]=150 [sanitizer]=60 [speed]=75 [memory]=60 [overhead]=10 [train_step]=60
+  [speed_study]=30 [growth_study]=30 [neunorm]=15)
+for part in ${skip//,/ }; do unset "weights[$part]"; done
+# part NAME COMMAND...: run it for its share of the time that is left.
 part() {
-  local name=$1 limit=$2 left=$((60 * minutes - SECONDS)) start=$SECONDS state
-  shift 2
-  [[ $skip != *,$name,* ]] || return 0
-  ((limit = limit * minutes / 9 < left ? limit * minutes / 9 : left))
+  local name=$1 start=$SECONDS left=$((60 * minutes - SECONDS)) weight all=0 limit state
+  shift
+  [[ -v weights[$name] ]] || return 0
+  for weight in "${weights[@]}"; do ((all += weight)); done
+  ((limit = left * weights[$name] / all))
+  unset "weights[$name]"
   if ((limit > 1)); then
     printf '\n=== %s (%s s, at most %s s)\n' "$name" "$SECONDS" "$limit"
-    timeout --kill-after 5 --signal INT "$limit" "$@" 2>&1 | tee -a "$out/$name.log" | tail -n 25
+    timeout --kill-after 10 --signal INT "$limit" "$@" 2>&1 | tee -a "$out/$name.log" | tail -n 25
     case ${PIPESTATUS[0]} in
       0) state=passed ;;
       124 | 137) state="cut short after $limit s" ;;
@@ -103,6 +114,25 @@ part() {
   [[ $state == passed ]] || failed=1
   printf '%s\t%s\t%s\n' "$name" "$state" $((SECONDS - start)) | tee -a "$out/parts.tsv"
 }
+
+# The tests on the GPU first, which no other machine runs.
+tests() {
+  local name selection status=0 options=(-q -o filterwarnings=default)
+  export PYTHONWARNINGS=default  # another torch may warn of itself
+  for name in build cuda_stand_in mutants compiled; do options+=(--ignore "tests/test_$name.py"); done
+  if [[ $no_examples ]]; then
+    echo "left out: the tests of examples/, for want of $no_examples"
+    for name in data examples trainer; do options+=(--ignore "tests/test_$name.py"); done
+  fi
+  ! python -c 'import xdist' 2>/dev/null || options+=(-n 4)
+  for selection in cuda 'not cuda'; do
+    python -m pytest "${options[@]}" -m "$selection" || status=$?
+    ((status != 2)) || break  # cut short
+  done
+  return "$status"
+}
+export -f tests
+export no_examples
 
 sanitize() {
   command -v compute-sanitizer >/dev/null || { echo "there is no compute-sanitizer on PATH"; return 1; }
@@ -120,17 +150,17 @@ bench() { local script=$1; shift; python "bench/$script.py" --device "$device" -
 export -f bench
 export device out
 
-part build 150 python setup.py --quiet build_ext --inplace
-part tests 150 python -m pytest -q --ignore tests/test_build.py \
-  --ignore tests/test_cuda_stand_in.py --ignore tests/test_mutants.py --ignore tests/test_compiled.py
-[[ $device == cpu ]] || part sanitizer 60 bash -c sanitize
-part speed 75 bash -c 'bench speed --quick --dtypes float32 bfloat16'
-part memory 25 bash -c 'bench memory --quick'
-part overhead 10 bash -c 'bench overhead --quick'
-part train_step 30 bash -c 'bench train_step --quick'
-part speed_study 15 bash -c 'bench train_step --quick --study speed'
-part growth_study 15 bash -c 'bench train_step --quick --study growth'
-part neunorm 15 bash -c 'bench neunorm --quick'
+# The package's metadata, too, which an installed package has.
+part build python setup.py --quiet egg_info build_ext --inplace
+part tests bash -c tests
+part sanitizer bash -c sanitize
+part speed bash -c 'bench speed --quick --dtypes float32 bfloat16'
+part memory bash -c 'bench memory --quick'
+part overhead bash -c 'bench overhead --quick'
+part train_step bash -c 'bench train_step --quick'
+part speed_study bash -c 'bench train_step --quick --study speed'
+part growth_study bash -c 'bench train_step --quick --study growth'
+part neunorm bash -c 'bench neunorm --quick'
 python bench/report.py --summary "$out"
 printf '\n%s s in all\n' "$SECONDS"
 exit "$failed"

@@ -1,6 +1,7 @@
 """Large results on the CPU: their memory is kept and used again, and never while it is in use."""
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -90,7 +91,7 @@ def test_the_limit(megabytes: str, kept: int) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={"STBP_CUDA_CPU_CACHE_MB": megabytes},
+        env={**os.environ, "STBP_CUDA_CPU_CACHE_MB": megabytes},
         capture_output=True,
         text=True,
         check=True,
