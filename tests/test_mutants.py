@@ -27,7 +27,7 @@ MUTANTS: dict[str, tuple[str, str, str, str, str]] = {
     "the other neuron of a pair": ("address", "spikes", KERNELS, "i % 2 ? pairs", "i % 2 == 0 ? pairs"),
     "a spike in its neighbour's place": ("address", "spikes|dL/dx", KERNELS, "values[2 * i + 1])", "values[2 * i])"),
     "the rows of another thread": (
-        *("address", "spikes|more or less read", KERNELS, FIRST_NEURON),
+        *("address", "spikes", KERNELS, FIRST_NEURON),
         "const int64_t first = (int64_t(blockIdx.x) * plan.threads + threadIdx.x / 2 * 2) * kWidth;",
     ),
     "threads beyond the last neuron": (
