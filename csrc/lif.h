@@ -47,14 +47,16 @@ struct LifBackward {
   State* grad_initial;        // [N] dL/d(initial potential), or null
 };
 
-// LIF neurons with neuron normalisation: T steps of B samples with C feature maps of P positions each, positions
-// innermost: neuron (c, p) of sample b at step t is at [((t * B + b) * C + c) * P + p] of every [T, B, C, P] array.
+// LIF neurons with neuron normalisation: T steps of B samples with C feature maps of P positions each. Every array with
+// features lies in the order of x: neuron (c, p) of sample b at step t is at [((t * B + b) * C + c) * P + p], and with
+// channels_last at [((t * B + b) * P + p) * C + c]. Its shape is given as [T, B, C, P] in both cases.
 template <class Scalar>
 struct NeuNormForward {
   using State = state_t<Scalar>;
   int64_t steps, batch, features, positions;  // T, B, C, P
   State norm_decay;                           // of the map
   bool squared;                               // the map takes 1 / C^2 of the spikes and not 1 / C
+  bool channels_last;                         // features innermost, not positions
   const Scalar* x;                            // [T, B, C, P] input current
   const State* weight;                        // [C, P] U
   const State* decays;                        // [2] of the potential and of the map, or null for the constant ones
@@ -72,6 +74,7 @@ struct NeuNormBackward {
   int64_t steps, batch, features, positions;  // T, B, C, P
   State norm_decay;
   bool squared;
+  bool channels_last;
   int64_t groups;                 // G
   const Scalar* x;                // [T, B, C, P]
   const State* weight;            // [C, P]

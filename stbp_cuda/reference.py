@@ -1,6 +1,8 @@
 """The specification: neurons as plain loops over time, differentiated by autograd.
 
-Everything else in this package must agree with it. It is meant to be read, and to run where no fused kernel can.
+Everything else in this package must agree with it. It is meant to be read, and to run where no fused kernel can. No
+tensor is divided by a Python number here or in surrogate.py: on CUDA torch multiplies by the reciprocal instead, which
+rounds differently from a division on the CPU.
 """
 
 from __future__ import annotations
@@ -80,8 +82,8 @@ def lif(
 def neunorm(spikes: Tensor, weight: Tensor, *, decay: float | Tensor, squared: bool) -> Tensor:
     """Neuron normalisation of all steps of ``spikes``, as in Eqs. 9-10 of arXiv:1809.05793 ::
 
-        a[t] = decay * a[t-1] + gain * sum of the feature maps of o[t]     gain = (1 - decay) / C or / C**2
-        y_c[t] = o_c[t] - U_c * a[t]
+        a[t] = decay * a[t-1] + gain * sum of the feature maps of o[t]     gain = (1 - decay) * share
+        y_c[t] = o_c[t] - U_c * a[t]                                       share = 1 / C or 1 / C**2
 
     Args:
         spikes: ``[T, ..., C, H, W]``, any floating dtype; ``H, W`` stand for any number of dimensions of space.
@@ -94,7 +96,7 @@ def neunorm(spikes: Tensor, weight: Tensor, *, decay: float | Tensor, squared: b
     state = torch.float64 if spikes.dtype == torch.float64 else torch.float32
     features = weight.shape[0]
     decay = torch.as_tensor(decay, dtype=state, device=spikes.device)
-    gain = (1 - decay) / (features**2 if squared else features)
+    gain = (1 - decay) * (1 / (features**2 if squared else features))
     o = spikes.to(state)
     a = torch.zeros((), dtype=state, device=spikes.device)
     maps = []

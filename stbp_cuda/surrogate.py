@@ -104,7 +104,7 @@ class Sigmoid(Surrogate):
         return (1 / self.width) * (e / (1 + e).square())
 
     def antiderivative(self, s: Tensor) -> Tensor:
-        return torch.sigmoid(s / self.width)
+        return torch.sigmoid(s * (1 / self.width))
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Gaussian(Surrogate):
         return torch.exp(-s.square() * (1 / (2 * self.width))) * (1 / math.sqrt(2 * math.pi * self.width))
 
     def antiderivative(self, s: Tensor) -> Tensor:
-        return 0.5 * torch.erfc(-s / math.sqrt(2 * self.width))
+        return 0.5 * torch.erfc(-s * (1 / math.sqrt(2 * self.width)))
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Atan(Surrogate):
         return (1 / self.width) / (1 + (s * (math.pi / self.width)).square())
 
     def antiderivative(self, s: Tensor) -> Tensor:
-        return 0.5 + torch.atan(s * (math.pi / self.width)) / math.pi
+        return 0.5 + torch.atan(s * (math.pi / self.width)) * (1 / math.pi)
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,7 @@ STBP_FN void neunorm_backward_scan(const Lanes& lanes, Neuron neuron, const NeuN
           carried[i] = norm.decay * grad_a;
           if (io.grad_decays) {
             const Value map_before = t > 0 ? lanes.get(io.maps + at.map(t - 1), i) : Value{};
-            const Value slope = map_before - lanes.get(io.sums + at.map(t), i) / norm.share;
+            const Value slope = map_before - lanes.get(io.sums + at.map(t), i) * norm.share;
             grad_norm_decay[i] = grad_norm_decay[i] + grad_a * slope;
           }
         }

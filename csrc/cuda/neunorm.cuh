@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, kNeuNormBackwardBlocks<Scalar>)
         if (io.grad_decays && team == 0) {
           const int64_t t = start + k;
           const State before = t > 0 ? block.get(io.maps + at.map(t - 1)) : State(0);
-          grad_norm_decay += grad * (before - block.get(io.sums + at.map(t)) / norm.share);
+          grad_norm_decay += grad * (before - block.get(io.sums + at.map(t)) * norm.share);
         }
       }
 

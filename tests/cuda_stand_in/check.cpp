@@ -196,27 +196,13 @@ void check_neunorm(int64_t steps, int64_t batch, int64_t features, int64_t posit
   auto sums = unwritten<float>(maps), a = unwritten<float>(maps);
   auto states = unwritten<float>(kept * batch * weights), carried = unwritten<float>(groups * weights);
   auto grad_weight = unwritten<float>(groups * weights), grad_decays = unwritten<float>(groups * strips * 2);
-  const NeuNormForward<float> forward{steps,       batch,    features,      positions,     0.75f,
-                                      false,       x.data(), weight.data(), decays.data(), normalised.data(),
-                                      sums.data(), a.data(), states.data()};
-  const NeuNormBackward<float> backward{steps,
-                                        batch,
-                                        features,
-                                        positions,
-                                        0.75f,
-                                        false,
-                                        groups,
-                                        x.data(),
-                                        weight.data(),
-                                        decays.data(),
-                                        sums.data(),
-                                        a.data(),
-                                        states.data(),
-                                        gradient.data(),
-                                        grad_x.data(),
-                                        grad_weight.data(),
-                                        grad_decays.data(),
-                                        carried.data()};
+  const NeuNormForward<float> forward{
+      steps,    batch,         features,      positions,         0.75f,       false,    false,
+      x.data(), weight.data(), decays.data(), normalised.data(), sums.data(), a.data(), states.data()};
+  const NeuNormBackward<float> backward{
+      steps,           batch,         features,           positions,          0.75f,         false,    false,
+      groups,          x.data(),      weight.data(),      decays.data(),      sums.data(),   a.data(), states.data(),
+      gradient.data(), grad_x.data(), grad_weight.data(), grad_decays.data(), carried.data()};
   const DeviceProperties device{132, shared_bytes};
   const NeuNormPlan plan = plan_neunorm_forward(batch, features, positions, sizeof(float), device);
   std::vector<unsigned char> shared(static_cast<size_t>(plan.shared_bytes));
@@ -234,7 +220,7 @@ void check_neunorm(int64_t steps, int64_t batch, int64_t features, int64_t posit
   shared_memory = shared.data();
   once = reads_once(run_backward, x, states, gradient) && once;
 
-  const float gain = (1 - decays[1]) / float(features);
+  const float share = float(1 / double(features)), gain = (1 - decays[1]) * share;
   std::vector<double> weight_total(static_cast<size_t>(weights));
   double decay_total = 0, norm_decay_total = 0;
   for (int64_t b = 0; b < batch; ++b)
@@ -262,7 +248,7 @@ void check_neunorm(int64_t steps, int64_t batch, int64_t features, int64_t posit
           grad_map -= weight[size_t(c * positions + p)] * gradient[at(t, c)];
           weight_total[size_t(c * positions + p)] -= double(gradient[at(t, c)] * map[size_t(t)]);
         }
-        norm_decay_total += double(grad_map * ((t ? map[size_t(t - 1)] : 0) - s[size_t(t)] / float(features)));
+        norm_decay_total += double(grad_map * ((t ? map[size_t(t - 1)] : 0) - share * s[size_t(t)]));
         for (int64_t c = 0; c < features; ++c) {
           const float grad_u =
               neuron.step_back(u[size_t(t * features + c)], gradient[at(t, c)] + gain * grad_map, grad_v[size_t(c)]);
