@@ -169,6 +169,26 @@ struct EitherReset {
   }
 };
 
+// The neuron that most people train, without the masks of EitherReset: a hard reset to 0, attached, and a gradient from
+// step to step.
+struct CommonReset : HardReset {
+  template <class State, class Fired>
+  static STBP_FN State apply(Heaviside, const LifConstants<State>&, State u, Fired fired) {
+    return fired ? u * State(0) : u;
+  }
+  template <class State>
+  static STBP_FN State grad_spike(const LifConstants<State>&, State u, State grad_spike, State grad_v) {
+    return grad_spike - grad_v * u;
+  }
+  template <class State>
+  static STBP_FN State leak(const LifConstants<State>& c, State grad_u) {
+    return grad_u * c.decay;
+  }
+  static bool serves(const LifOptions& options) {
+    return !options.soft_reset && options.v_reset == 0 && !options.detach_reset && !options.spatial_only;
+  }
+};
+
 template <class State_, class Reset, class Firing, class Surrogate>
 struct Lif {
   using State = State_;
@@ -196,10 +216,25 @@ struct Lif {
   // leaves dL/dv[t-1].
   template <class V>
   STBP_FN V step_back(V u, V grad_spike, V& grad_v) const {
+    return step_back(u, surrogate.derivative(u - c.v_threshold), grad_spike, grad_v);
+  }
+
+  // The same for neighbouring neurons, whose surrogate is chosen once.
+  template <class V, int kCount, class GradSpike>
+  STBP_FN void steps_back(const V (&u)[kCount], const GradSpike& grad_spike, V (&grad_v)[kCount],
+                          V (&grad_u)[kCount]) const {
+    V s[kCount], h[kCount];
+    for (int i = 0; i < kCount; ++i) s[i] = u[i] - c.v_threshold;
+    derivatives(surrogate, s, h);
+    for (int i = 0; i < kCount; ++i) grad_u[i] = step_back(u[i], h[i], grad_spike(i), grad_v[i]);
+  }
+
+ private:
+  template <class V>
+  STBP_FN V step_back(V u, V derivative, V grad_spike, V& grad_v) const {
     const V total = Reset::grad_spike(c, u, grad_spike, grad_v);
     const auto fired = Firing::fire(c, surrogate, u);
-    const V grad_u =
-        total * surrogate.derivative(u - c.v_threshold) + Reset::grad_potential(Firing(), c, fired, grad_v);
+    const V grad_u = total * derivative + Reset::grad_potential(Firing(), c, fired, grad_v);
     grad_v = Reset::leak(c, grad_u);
     return grad_u;
   }

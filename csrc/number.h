@@ -59,7 +59,22 @@ struct Math<float> : MathOfNumber<float> {
   using Bits = uint32_t;
   static STBP_FN float magnitude(float x) { return fabsf(x); }
 #if defined(__CUDA_ARCH__)
+  // Eight instructions: the hardware's 2^x, with the argument in two parts.
   static STBP_FN float exp_of_negative(float x) { return expf(x); }
+  // Within 1 ulp.
+  static STBP_FN float approximate_reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+  }
+  // For x >= 1: 1 / x rounded to nearest, or 0 where that is a subnormal number. A Newton step rounds correctly from
+  // any approximation within 1 ulp (tests/test_surrogate.py tries all); a division also tests for numbers < 2^-126, in
+  // a branch of its own.
+  static STBP_FN float reciprocal(float x) {
+    const float near = approximate_reciprocal(x);
+    const float refined = __fmaf_rn(near, __fmaf_rn(-x, near, 1.0f), near);
+    return x < 0x1p126f ? refined : near;
+  }
 #endif
 };
 

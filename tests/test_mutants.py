@@ -20,7 +20,7 @@ BUILDS = {
     "thread": ("-fsanitize=thread -DSTBP_THREADS",) * 2,
 }
 
-KERNELS, NEUNORM, PLAN = "cuda/kernels.cuh", "cuda/neunorm.cuh", "cuda/plan.h"
+KERNELS, NEUNORM, PLAN, NEURON = "cuda/kernels.cuh", "cuda/neunorm.cuh", "cuda/plan.h", "neuron.h"
 FIRST_NEURON = "const int64_t first = (int64_t(blockIdx.x) * plan.threads + threadIdx.x) * kWidth;"
 # name: the build that must fail, what its output must say, the file in csrc/, what stands there, what instead.
 MUTANTS: dict[str, tuple[str, str, str, str, str]] = {
@@ -34,11 +34,21 @@ MUTANTS: dict[str, tuple[str, str, str, str, str]] = {
         *("address", "heap-buffer-overflow", KERNELS, "if (first >= io.neurons) return;"),
         "if (first > io.neurons + kWidth) return;",
     ),
-    "a step too many": ("address", "heap-buffer-overflow", KERNELS, "k < left ? load(from", "k <= left ? load(from"),
+    "a step too many": ("address", "heap-buffer-overflow", KERNELS, "|| k < count) rows", "|| k <= count) rows"),
+    "rows taken for granted": ("address", "heap-buffer-overflow", KERNELS, "1 : kRows / 2 + 1;", "1 : kRows;"),
+    "too few rows": ("address", "spikes", PLAN, "steps <= 4 ? 4", "steps <= 5 ? 4"),
+    "a row left out": (
+        *("address", "spikes", KERNELS, "if (k >= kFewest && k >= steps) break;"),
+        "if (k >= kFewest && k + 1 >= steps) break;",
+    ),
+    "the common neuron for another": (
+        *("address", "dL/dx", NEURON, "options.v_reset == 0 && "),
+        "",
+    ),
     "a step of the tail left out": ("address", "spikes", KERNELS, "if (k >= left) break;", "if (k + 1 >= left) break;"),
-    "no step's gradient ahead": (
-        *("address", "dL/dx", KERNELS, "gradient[k - kAhead] = k - kAhead < left"),
-        "gradient[k - kAhead] = k < left",
+    "gradients of another half": (
+        *("address", "dL/dx", KERNELS, "load_rows<1>(gradient, load, io.grad_spikes + at,"),
+        "load_rows<1>(gradient, load, io.grad_spikes + first,",
     ),
     "a state too early": ("address", "dL/dx", KERNELS, "start % kChunk == kChunk - kAtOnce", "start % kChunk == 0"),
     "no state where one is wanted": (
@@ -50,8 +60,8 @@ MUTANTS: dict[str, tuple[str, str, str, str, str]] = {
         "chunk * io.neurons",
     ),
     "gradients read once more": (
-        *("address", "more or less read", KERNELS, "        if (k >= kAhead)\n"),
-        "        load(grad_spikes + (k < left ? k : 0) * io.neurons);\n        if (k >= kAhead)\n",
+        *("address", "more or less read", KERNELS, "      load_rows<1>(gradient"),
+        "      load(io.grad_spikes + at);\n      load_rows<1>(gradient",
     ),
     "the later half's currents twice": ("address", "dL/dx", KERNELS, "rows[k] = earlier[k];", "rows[k] = rows[k];"),
     "the later half's state twice": ("address", "dL/dx", KERNELS, "v[i] = v_earlier[i];", "v[i] = v[i];"),

@@ -1,12 +1,12 @@
-// Run-time options to the neurons that the CUDA kernels are compiled for. Every combination is one more kernel for each
-// architecture, and a kernel that waits for memory has time to choose: so the reset is chosen while it runs, and in
-// double, which is for checking gradients, the surrogate too.
+// Run-time options to the kernels that are compiled. Every combination is one more kernel for each architecture, and a
+// kernel that waits for memory has time to choose: so the surrogate is chosen while it runs, once for all neurons of a
+// thread, and so is the reset, but for the neuron that most people train.
 #pragma once
 
 #include <type_traits>
 
 #include "../dispatch.h"
-#include "plan.h"
+#include "kernels.cuh"
 
 namespace stbp::cuda {
 
@@ -25,33 +25,70 @@ void visit_compiled_forward(const LifOptions& options, const F& f) {
 template <class Scalar, class F>
 void visit_compiled_backward(const LifOptions& options, const F& f) {
   using State = state_t<Scalar>;
+  using Any = AnySurrogate<State, Surrogates>;
   const LifConstants<State> constants(options);
+  const Any surrogate(options.surrogate, options.width);
   if constexpr (kHasSmooth<Scalar>) {
-    using Any = AnySurrogate<State, Surrogates>;
-    const Any surrogate(options.surrogate, options.width);
-    if (options.smooth) {
-      f(Lif<State, EitherReset, Smooth, Any>{constants, surrogate});
-    } else {
-      f(Lif<State, EitherReset, Heaviside, Any>{constants, surrogate});
-    }
-  } else {
-    visit_surrogate<State>(Surrogates{}, options, [&](const auto& surrogate) {
-      f(Lif<State, EitherReset, Heaviside, std::decay_t<decltype(surrogate)>>{constants, surrogate});
-    });
+    if (options.smooth) return f(Lif<State, EitherReset, Smooth, Any>{constants, surrogate});
   }
+  f(Lif<State, EitherReset, Heaviside, Any>{constants, surrogate});
 }
 
-// The widths that the LIF kernels of a number type are compiled for, as plan_lif chooses from them.
+// f(rows, width), both as constants.
+template <class Scalar, bool kBackward, class F>
+void visit_compiled_size(const LifPlan& plan, const F& f) {
+  constexpr std::integral_constant<int, 1> one;
+  const auto with_rows = [&](auto rows) {
+    if constexpr (lif_pack(rows, sizeof(Scalar), kBackward) > 1) {
+      if (plan.width > 1) return f(rows, std::integral_constant<int, lif_pack(rows, sizeof(Scalar), kBackward)>());
+    }
+    if constexpr (rows == 0 || rows == kMostRows) f(rows, one);
+  };
+  if constexpr (lif_rows(1, sizeof(Scalar)) > 0) {
+    if (plan.rows == 1) return with_rows(std::integral_constant<int, 1>());
+    if (plan.rows == 2) return with_rows(std::integral_constant<int, 2>());
+    if (plan.rows == 4) return with_rows(std::integral_constant<int, 4>());
+    if (plan.rows == kMostRows) return with_rows(std::integral_constant<int, kMostRows>());
+  }
+  with_rows(std::integral_constant<int, 0>());
+}
+
+// f(kernel, neuron): the LIF kernels of a number type.
 template <class Scalar, class F>
-void visit_compiled_width(const LifPlan& plan, const F& f) {
-  constexpr int kPack = 16 / sizeof(Scalar), kWord = 4 / sizeof(Scalar);
-  if constexpr (sizeof(Scalar) < 8) {
-    if (plan.width == kPack) return f(std::integral_constant<int, kPack>());
-  }
-  if constexpr (sizeof(Scalar) < 4) {
-    if (plan.width == kWord) return f(std::integral_constant<int, kWord>());
-  }
-  f(std::integral_constant<int, 1>());
+void visit_lif_forward(const LifOptions& options, const LifPlan& plan, const F& f) {
+  visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
+    using Neuron = std::decay_t<decltype(neuron)>;
+    visit_compiled_size<Scalar, false>(plan, [&](auto rows, auto width) {
+      if constexpr (rows > 0) {
+        f(lif_forward_rows<rows, width, Scalar, Neuron>, neuron);
+      } else {
+        f(lif_forward<width, Scalar, Neuron>, neuron);
+      }
+    });
+  });
+}
+
+template <class Scalar, class F>
+void visit_lif_backward(const LifOptions& options, const LifPlan& plan, const F& f) {
+  const auto with_size = [&](const auto& neuron, auto rows, auto width) {
+    using Neuron = std::decay_t<decltype(neuron)>;
+    if constexpr (rows > 0) {
+      f(lif_backward_rows<rows, width, Scalar, Neuron>, neuron);
+    } else {
+      f(lif_backward<width, Scalar, Neuron>, neuron);
+    }
+  };
+  visit_compiled_size<Scalar, true>(plan, [&](auto rows, auto width) {
+    if constexpr (width > 1) {
+      if (CommonReset::serves(options)) {
+        using State = state_t<Scalar>;
+        using Any = AnySurrogate<State, Surrogates>;
+        using Neuron = Lif<State, CommonReset, Heaviside, Any>;
+        return with_size(Neuron{LifConstants<State>(options), Any(options.surrogate, options.width)}, rows, width);
+      }
+    }
+    visit_compiled_backward<Scalar>(options, [&](const auto& neuron) { with_size(neuron, rows, width); });
+  });
 }
 
 }  // namespace stbp::cuda

@@ -105,10 +105,10 @@ struct Pack {
   }
 };
 
-// The states of a thread's neurons: zero where they come from nowhere.
+// The states of a thread's neurons, from `first` on; zero if `from` is null.
 template <class State, int kWidth>
-__device__ __forceinline__ void load_states(State (&v)[kWidth], const State* from) {
-  const auto pack = from ? Pack<State, kWidth>::load(from) : Pack<State, kWidth>{};
+__device__ __forceinline__ void load_states(State (&v)[kWidth], const State* from, int64_t first) {
+  const auto pack = from ? Pack<State, kWidth>::load(from + first) : Pack<State, kWidth>{};
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) v[i] = pack.get(i);
 }
@@ -116,27 +116,118 @@ __device__ __forceinline__ void load_states(State (&v)[kWidth], const State* fro
 // Of the steps that are left, how many are done at once.
 __device__ __forceinline__ int rows_of(int64_t left) { return left < kAtOnce ? int(left) : kAtOnce; }
 
-// kAtOnce rows, or as many as are left, with the loads of all of them under way at once.
-template <class Row, class Load, class Scalar>
-__device__ __forceinline__ void load_rows(Row (&rows)[kAtOnce], const Load& load, const Scalar* from, int64_t neurons,
-                                          int left) {
+// The first `count` of kRows rows, with the loads of all of them under way at once. At least `kFewest` rows are there,
+// and are loaded without a test.
+template <int kFewest, int kRows, class Row, class Load, class Scalar>
+__device__ __forceinline__ void load_rows(Row (&rows)[kRows], const Load& load, const Scalar* from, int64_t neurons,
+                                          int count) {
 #pragma unroll
-  for (int k = 0; k < kAtOnce; ++k) rows[k] = k < left ? load(from + k * neurons) : Row{};
+  for (int k = 0; k < kRows; ++k)
+    if (k < kFewest || k < count) rows[k] = load(from + k * neurons);
 }
 
-// Rows of gradients that are under way while a thread goes back: as it is done with a step's potentials, it has room
-// for more of them.
-constexpr int kAhead = 4;
+// The potentials u of the first `count` of kRows steps; leaves the last v in `v`.
+template <int kFewest, int kRows, int kWidth, class Row, class Neuron, class State>
+__device__ __forceinline__ void recompute(const Neuron& neuron, const Row (&rows)[kRows], State (&v)[kWidth],
+                                          State (&u)[kRows][kWidth], int count) {
+#pragma unroll
+  for (int k = 0; k < kRows; ++k) {
+    if (k >= kFewest && k >= count) break;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      State unused;
+      u[k][i] = neuron.step(v[i], rows[k].get(i), unused);
+    }
+  }
+}
 
-// Blocks of a multiprocessor that the registers must do for: at 4 a thread has 128 of them, at 3 168, at 2 255. The
-// fewest that no kernel spills with; the more a thread has under way, the fewer threads hide the latency of memory.
+// The same steps back: dL/dx from dL/do in `gradient`.
+template <int kFewest, int kRows, int kWidth, class Row, class Neuron, class State, class Scalar>
+__device__ __forceinline__ void go_back(const Neuron& neuron, const State (&u)[kRows][kWidth],
+                                        const Row (&gradient)[kRows], State (&grad_v)[kWidth], Scalar* grad_x,
+                                        int64_t neurons, int count) {
+#pragma unroll
+  for (int k = kRows - 1; k >= 0; --k) {
+    if (k >= kFewest && k >= count) continue;
+    State grad_u[kWidth];
+    neuron.steps_back(u[k], [&](int i) { return gradient[k].get(i); }, grad_v, grad_u);
+    Row::of(grad_u).store(grad_x + k * neurons);
+  }
+}
+
+// T <= kRows: no loop, and as few registers as kRows rows take. A thread's neurons are few only where a GPU would not
+// be filled otherwise; then one kernel serves every T, and no row but the first is sure to be there.
+template <int kRows, int kWidth>
+constexpr int kFewestRows = kWidth == 1 ? 1 : kRows / 2 + 1;
+
+template <int kRows, int kWidth, class Scalar, class Neuron>
+__global__ void __launch_bounds__(kMostThreads)
+    lif_forward_rows(const LifForward<Scalar> io, const LifPlan plan, const Neuron neuron) {
+  using State = state_t<Scalar>;
+  using Row = Pack<Scalar, kWidth>;
+  constexpr int kFewest = kFewestRows<kRows, kWidth>;
+  const int64_t first = (int64_t(blockIdx.x) * plan.threads + threadIdx.x) * kWidth;
+  if (first >= io.neurons) return;
+  const int steps = int(io.steps);
+  Row rows[kRows];
+  load_rows<kFewest>(rows, [](const Scalar* from) { return Row::load(from); }, io.x + first, io.neurons, steps);
+  State v[kWidth];
+  load_states(v, io.initial, first);
+#pragma unroll
+  for (int k = 0; k < kRows; ++k) {
+    if (k >= kFewest && k >= steps) break;
+    State fired[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) neuron.step(v[i], rows[k].get(i), fired[i]);
+    Row::of(fired).store(io.spikes + first + k * io.neurons);
+  }
+  if (io.final_potential) Pack<State, kWidth>::of(v).store(io.final_potential + first);
+}
+
+// Minimum resident blocks: the most at which nothing spills. At 12 a thread has 40 registers, at 8 64, at 5 96, at 4
+// 128. sm_75 holds no more than 8.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostBlocks = 8;
+#else
+constexpr int kMostBlocks = 12;
+#endif
+template <class Scalar, int kRows, int kWidth>
+constexpr int kBackwardRowsBlocks = kWidth == 1            ? 8
+                                    : kRows * kWidth <= 8  ? kMostBlocks
+                                    : kRows * kWidth <= 16 ? 8
+                                    : sizeof(Scalar) == 2  ? 5
+                                                           : 4;
+
+template <int kRows, int kWidth, class Scalar, class Neuron>
+__global__ void __launch_bounds__(kMostThreads, (kBackwardRowsBlocks<Scalar, kRows, kWidth>))
+    lif_backward_rows(const LifBackward<Scalar> io, const LifPlan plan, const Neuron neuron) {
+  using State = state_t<Scalar>;
+  using Row = Pack<Scalar, kWidth>;
+  constexpr int kFewest = kFewestRows<kRows, kWidth>;
+  const int64_t first = (int64_t(blockIdx.x) * plan.threads + threadIdx.x) * kWidth;
+  if (first >= io.neurons) return;
+  const int steps = int(io.steps);
+  const auto load = [](const Scalar* from) { return Row::load_last(from); };
+  Row rows[kRows], gradient[kRows];
+  load_rows<kFewest>(rows, load, io.x + first, io.neurons, steps);
+  load_rows<kFewest>(gradient, load, io.grad_spikes + first, io.neurons, steps);
+  State v[kWidth], grad_v[kWidth], u[kRows][kWidth];
+  load_states(v, io.initial, first);
+  load_states(grad_v, io.grad_final, first);
+  recompute<kFewest>(neuron, rows, v, u, steps);
+  go_back<kFewest>(neuron, u, gradient, grad_v, io.grad_x + first, io.neurons, steps);
+  if (io.grad_initial) Pack<State, kWidth>::of(grad_v).store(io.grad_initial + first);
+}
+
+// Minimum resident blocks of the kernels for longer T: the most at which nothing spills. At 4 a thread has 128
+// registers, at 3 168, at 2 255.
 template <class Scalar, int kWidth>
 constexpr int kForwardBlocks = sizeof(Scalar) * kWidth == 16 || sizeof(Scalar) == 8 ? 4 : 8;
 template <class Scalar, int kWidth>
-constexpr int kBackwardBlocks = sizeof(Scalar) == 8             ? 2
-                                : sizeof(Scalar) * kWidth == 16 ? (sizeof(Scalar) == 2 ? 2 : 3)
-                                : kWidth == 2                   ? 6
-                                                                : 8;
+constexpr int kBackwardBlocks = sizeof(Scalar) == 8   ? 2
+                                : kWidth == 1         ? 7
+                                : sizeof(Scalar) == 4 ? 3
+                                                      : 4;
 
 template <int kWidth, class Scalar, class Neuron>
 __global__ void __launch_bounds__(kMostThreads, (kForwardBlocks<Scalar, kWidth>))
@@ -147,12 +238,12 @@ __global__ void __launch_bounds__(kMostThreads, (kForwardBlocks<Scalar, kWidth>)
   if (first >= io.neurons) return;
   const auto load = [](const Scalar* from) { return Row::load(from); };
   State v[kWidth];
-  load_states(v, io.initial ? io.initial + first : nullptr);
+  load_states(v, io.initial, first);
   const Scalar* x = io.x + first;
   Scalar* spikes = io.spikes + first;
   State* states = io.states ? io.states + first : nullptr;
   Row next[kAtOnce];
-  load_rows(next, load, x, io.neurons, rows_of(io.steps));
+  load_rows<0>(next, load, x, io.neurons, rows_of(io.steps));
   for (int64_t start = 0; start < io.steps; start += kAtOnce) {
     const int left = rows_of(io.steps - start);
     Row rows[kAtOnce];
@@ -160,7 +251,7 @@ __global__ void __launch_bounds__(kMostThreads, (kForwardBlocks<Scalar, kWidth>)
     for (int k = 0; k < kAtOnce; ++k) rows[k] = next[k];
     // Under way while the neurons are busy with those before them.
     x += kAtOnce * io.neurons;
-    load_rows(next, load, x, io.neurons, rows_of(io.steps - start - kAtOnce));
+    load_rows<0>(next, load, x, io.neurons, rows_of(io.steps - start - kAtOnce));
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       if (k >= left) break;
@@ -190,58 +281,31 @@ __global__ void __launch_bounds__(kMostThreads, (kBackwardBlocks<Scalar, kWidth>
   if (first >= io.neurons) return;
   const auto load = [](const Scalar* from) { return Row::load_last(from); };
   State grad_v[kWidth];
-  load_states(grad_v, io.grad_final ? io.grad_final + first : nullptr);
+  load_states(grad_v, io.grad_final, first);
   for (int64_t chunk = (io.steps - 1) / kChunk; chunk >= 0; --chunk) {
     const State* before = chunk > 0 ? io.states + (chunk - 1) * io.neurons : io.initial;
     const bool two = io.steps - chunk * kChunk > kAtOnce;
     int64_t at = chunk * kChunk * io.neurons + first;
     // The first half of two waits in registers, as it came.
-    Row rows[kAtOnce], earlier[kAtOnce];
+    Row rows[kAtOnce], earlier[kAtOnce], gradient[kAtOnce];
     if (two) {
-      load_rows(earlier, load, io.x + at, io.neurons, kAtOnce);
+      load_rows<kAtOnce>(earlier, load, io.x + at, io.neurons, kAtOnce);
       at += kAtOnce * io.neurons;
     }
     int left = rows_of(io.steps - chunk * kChunk - (two ? kAtOnce : 0));
-    load_rows(rows, load, io.x + at, io.neurons, left);
-    State v[kWidth], v_earlier[kWidth];
-    load_states(v, before ? before + first : nullptr);
+    load_rows<1>(rows, load, io.x + at, io.neurons, left);
+    State v[kWidth], v_earlier[kWidth], u[kAtOnce][kWidth];
+    load_states(v, before, first);
     if (two) {
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        v_earlier[i] = v[i];
-        State unused;
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) neuron.step(v[i], earlier[k].get(i), unused);
-      }
+      for (int i = 0; i < kWidth; ++i) v_earlier[i] = v[i];
+      recompute<kAtOnce>(neuron, earlier, v, u, kAtOnce);
     }
 #pragma unroll 1
     for (int half = two ? 1 : 0; half >= 0; --half) {
-      const Scalar* const grad_spikes = io.grad_spikes + at;
-      Scalar* const grad_x = io.grad_x + at;
-      Row gradient[kAtOnce];  // of which kAhead are there at a time
-#pragma unroll
-      for (int k = kAtOnce - 1; k >= kAtOnce - kAhead; --k)
-        gradient[k] = k < left ? load(grad_spikes + k * io.neurons) : Row{};
-      State u[kAtOnce][kWidth];
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        if (k >= left) break;
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-          State unused;
-          u[k][i] = neuron.step(v[i], rows[k].get(i), unused);
-        }
-      }
-#pragma unroll
-      for (int k = kAtOnce - 1; k >= 0; --k) {
-        if (k >= kAhead)
-          gradient[k - kAhead] = k - kAhead < left ? load(grad_spikes + (k - kAhead) * io.neurons) : Row{};
-        if (k >= left) continue;
-        State grad_u[kWidth];
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) grad_u[i] = neuron.step_back(u[k][i], gradient[k].get(i), grad_v[i]);
-        Row::of(grad_u).store(grad_x + k * io.neurons);
-      }
+      load_rows<1>(gradient, load, io.grad_spikes + at, io.neurons, left);
+      recompute<1>(neuron, rows, v, u, left);
+      go_back<1>(neuron, u, gradient, grad_v, io.grad_x + at, io.neurons, left);
       if (half > 0) {
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) rows[k] = earlier[k];

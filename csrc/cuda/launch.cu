@@ -61,12 +61,9 @@ void launch_blocks(Kernel kernel, const NeuNormPlan& plan, void* stream, const I
 template <class Scalar>
 void launch_forward(const LifForward<Scalar>& io, const LifOptions& options, int device, void* stream) {
   const DeviceGuard guard(device);
-  const auto on = static_cast<cudaStream_t>(stream);
-  const LifPlan plan = plan_lif(io.neurons, sizeof(Scalar), widest_pack(io), properties_of(device));
-  visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
-    visit_compiled_width<Scalar>(plan, [&](auto width) {
-      lif_forward<decltype(width)::value><<<unsigned(plan.blocks), plan.threads, 0, on>>>(io, plan, neuron);
-    });
+  const LifPlan plan = plan_lif(io.steps, io.neurons, sizeof(Scalar), false, widest_pack(io), properties_of(device));
+  visit_lif_forward<Scalar>(options, plan, [&](auto kernel, const auto& neuron) {
+    kernel<<<unsigned(plan.blocks), plan.threads, 0, static_cast<cudaStream_t>(stream)>>>(io, plan, neuron);
   });
   throw_on(cudaGetLastError(), "launching lif_forward");
 }
@@ -74,12 +71,9 @@ void launch_forward(const LifForward<Scalar>& io, const LifOptions& options, int
 template <class Scalar>
 void launch_backward(const LifBackward<Scalar>& io, const LifOptions& options, int device, void* stream) {
   const DeviceGuard guard(device);
-  const auto on = static_cast<cudaStream_t>(stream);
-  const LifPlan plan = plan_lif(io.neurons, sizeof(Scalar), widest_pack(io), properties_of(device));
-  visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
-    visit_compiled_width<Scalar>(plan, [&](auto width) {
-      lif_backward<decltype(width)::value><<<unsigned(plan.blocks), plan.threads, 0, on>>>(io, plan, neuron);
-    });
+  const LifPlan plan = plan_lif(io.steps, io.neurons, sizeof(Scalar), true, widest_pack(io), properties_of(device));
+  visit_lif_backward<Scalar>(options, plan, [&](auto kernel, const auto& neuron) {
+    kernel<<<unsigned(plan.blocks), plan.threads, 0, static_cast<cudaStream_t>(stream)>>>(io, plan, neuron);
   });
   throw_on(cudaGetLastError(), "launching lif_backward");
 }

@@ -15,26 +15,41 @@ struct DeviceProperties {
 };
 
 struct LifPlan {
+  int rows;        // of the kernel for T <= rows, or 0 of the one for any T
   int width;       // neurons of a thread
   int threads;     // of a block
   int64_t blocks;  // enough for all neurons
 };
 
 constexpr int kMostThreads = 128;  // of a block
+constexpr int kMostRows = 8;
 
-// N neurons of so many bytes each, which pointers and N allow to be moved in packs of at most `widest`.
+// The smallest number of rows that LIF kernels are compiled for and that is enough for T steps, or 0.
+constexpr int lif_rows(int64_t steps, int scalar_bytes) {
+  if (scalar_bytes == 8 || steps > kMostRows) return 0;  // double is for checking gradients
+  return steps <= 1 ? 1 : steps <= 2 ? 2 : steps <= 4 ? 4 : kMostRows;
+}
+
+// Neurons of a thread where there are many: a pack of 16 bytes, which takes the fewest instructions. Of half types
+// going back over 8 steps and more, 8 bytes, whose potentials in float32 take half the registers: 20 warps a
+// multiprocessor in place of 12, which the latency of memory needs. (Of double one neuron.)
+constexpr int lif_pack(int rows, int scalar_bytes, bool backward) {
+  if (scalar_bytes == 8) return 1;
+  return (backward && scalar_bytes == 2 && (rows == 0 || rows == kMostRows) ? 8 : 16) / scalar_bytes;
+}
+
+// T steps of N neurons of so many bytes each, which pointers and N allow to be moved in packs of at most `widest`.
 //
-// Packs of 16 bytes need the fewest instructions. Two blocks of them for each multiprocessor have, with 8 steps' loads
-// under way in each thread, 32 KB under way, which is what hides the latency of memory; where there are fewer, narrower
-// packs spread the same loads over more threads and multiprocessors, and in the end smaller blocks do.
-inline LifPlan plan_lif(int64_t neurons, int scalar_bytes, int widest, const DeviceProperties& device) {
-  LifPlan plan{1, kMostThreads, 0};
-  const int packs[] = {16 / scalar_bytes, 4 / scalar_bytes};  // as launch.cu compiles them; of double one neuron
-  for (const int width : packs) {
-    if (scalar_bytes <= 4 && width <= widest && neurons / width >= int64_t(device.processors) * 2 * kMostThreads) {
-      plan.width = width;
-      break;
-    }
+// Below two blocks of packs for each multiprocessor, single neurons spread the same loads over more threads and
+// multiprocessors; and below one block for each, smaller blocks do.
+inline LifPlan plan_lif(int64_t steps, int64_t neurons, int scalar_bytes, bool backward, int widest,
+                        const DeviceProperties& device) {
+  LifPlan plan{lif_rows(steps, scalar_bytes), 1, kMostThreads, 0};
+  const int pack = lif_pack(plan.rows, scalar_bytes, backward);
+  if (pack <= widest && neurons / pack >= int64_t(device.processors) * 2 * kMostThreads) {
+    plan.width = pack;
+  } else if (plan.rows > 0) {
+    plan.rows = kMostRows;  // one kernel of single neurons for every small T
   }
   const int64_t threads = (neurons + plan.width - 1) / plan.width;
   while (plan.threads > 32 && threads < int64_t(device.processors) * plan.threads) plan.threads /= 2;

@@ -19,7 +19,11 @@ namespace {
 
 using Neuron = Lif<float, EitherReset, Heaviside, Rectangular<float>>;
 
-LifOptions options_of(bool soft) { return {0.5, 0.75, soft ? 0.0 : -0.125, soft, false, false, false, false, 0, 1.0}; }
+enum class Reset { kCommon, kHard, kSoft };
+
+LifOptions options_of(Reset reset) {
+  return {0.5, 0.75, reset == Reset::kHard ? -0.125 : 0.0, reset == Reset::kSoft, false, false, false, false, 0, 1.0};
+}
 
 Neuron neuron_of(const LifOptions& options) {
   return {LifConstants<float>(options), Rectangular<float>(options.width)};
@@ -42,6 +46,11 @@ std::vector<Scalar> random_row(int64_t size, float low, float high) {
 template <class Scalar>
 std::vector<Scalar> unwritten(int64_t size) {
   return std::vector<Scalar>(static_cast<size_t>(size), Rounded<Scalar>::from(std::numeric_limits<float>::quiet_NaN()));
+}
+
+template <class Scalar>
+void forget(std::vector<Scalar>& row) {
+  row.assign(row.size(), Rounded<Scalar>::from(std::numeric_limits<float>::quiet_NaN()));
 }
 
 // Whether all kernels have read what they are given once. Demanded at the end, for what they make of it tells more.
@@ -87,46 +96,55 @@ struct Expected {
 };
 
 template <class Scalar>
-void check_lif(int64_t steps, int64_t neurons, int width, int threads, bool soft) {
-  const LifOptions options = options_of(soft);
+void check_lif(int64_t steps, int64_t neurons, int threads, Reset reset) {
+  const LifOptions options = options_of(reset);
   const auto x = random_row<Scalar>(steps * neurons, -0.5f, 1.5f),
              gradient = random_row<Scalar>(steps * neurons, -1, 1);
   const auto initial = random_row<float>(neurons, -1, 1), grad_final = random_row<float>(neurons, -1, 1);
-  auto spikes = unwritten<Scalar>(steps * neurons), grad_x = unwritten<Scalar>(steps * neurons);
-  auto final_potential = unwritten<float>(neurons), grad_initial = unwritten<float>(neurons);
-  auto states = unwritten<float>((steps - 1) / kChunk * neurons);
+  const auto kept = (steps - 1) / kChunk * neurons;
+  auto spikes = unwritten<Scalar>(steps * neurons);
+  auto final_potential = unwritten<float>(neurons), states = unwritten<float>(kept);
   const LifForward<Scalar> forward{
       steps, neurons, x.data(), initial.data(), spikes.data(), final_potential.data(), states.data()};
+  auto grad_x = unwritten<Scalar>(steps * neurons);
+  auto grad_initial = unwritten<float>(neurons);
   const LifBackward<Scalar> backward{
       steps,           neurons,           x.data(),      initial.data(),     states.data(),
       gradient.data(), grad_final.data(), grad_x.data(), grad_initial.data()};
-  if (width > widest_pack(forward) || width > widest_pack(backward)) return;
-  const int64_t block = int64_t(width) * threads;
-  const LifPlan plan{width, threads, (neurons + block - 1) / block};
   const Neuron neuron = neuron_of(options);
-  bool once = false;
-  const auto run = [&](auto compiled) {
-    constexpr int kWidth = decltype(compiled)::value;
-    const auto run_forward = [&] { launch(plan, 0, [&] { lif_forward<kWidth>(forward, plan, neuron); }); };
-    const auto run_backward = [&] { launch(plan, 0, [&] { lif_backward<kWidth>(backward, plan, neuron); }); };
-    once = reads_once(run_forward, x, initial);
-    once = reads_once(run_backward, x, states, gradient, grad_final) && once;
-  };
-  visit_compiled_width<Scalar>(plan, run);
+  std::vector<Expected<Scalar>> expected;
   for (int64_t n = 0; n < neurons; ++n) {
     const auto at = [&](const std::vector<Scalar>& rows) {
       return [&rows, n, neurons](int64_t t) { return to_state(rows[size_t(t * neurons + n)]); };
     };
-    const Expected<Scalar> expected(neuron, steps, at(x), at(gradient), initial[size_t(n)], grad_final[size_t(n)]);
-    for (int64_t t = 0; t < steps; ++t) {
-      const auto place = size_t(t * neurons + n);
-      demand(same(spikes[place], expected.spikes[size_t(t)]), "spikes");
-      demand(same(grad_x[place], expected.grad_x[size_t(t)]), "dL/dx");
-    }
-    demand(same(final_potential[size_t(n)], expected.final_potential), "the final potential");
-    demand(same(grad_initial[size_t(n)], expected.grad_initial), "dL/dv[0]");
+    expected.emplace_back(neuron, steps, at(x), at(gradient), initial[size_t(n)], grad_final[size_t(n)]);
   }
-  all_read_once = all_read_once && once;
+  const auto of_blocks = [&](LifPlan plan) {
+    plan.threads = threads;
+    plan.blocks = (neurons + plan.width * threads - 1) / (plan.width * threads);
+    return plan;
+  };
+  for (const LifPlan& plan : compiled_plans<Scalar>(steps, false)) {
+    if (plan.width > widest_pack(forward)) continue;
+    forget(spikes), forget(final_potential), forget(states);
+    all_read_once &= reads_once([&] { run_forward(forward, options, of_blocks(plan)); }, x, initial);
+    for (int64_t n = 0; n < neurons; ++n) {
+      for (int64_t t = 0; t < steps; ++t)
+        demand(same(spikes[size_t(t * neurons + n)], expected[size_t(n)].spikes[size_t(t)]), "spikes");
+      demand(same(final_potential[size_t(n)], expected[size_t(n)].final_potential), "the final potential");
+    }
+  }
+  for (const LifPlan& plan : compiled_plans<Scalar>(steps, true)) {
+    if (plan.width > widest_pack(backward)) continue;
+    forget(grad_x), forget(grad_initial);
+    all_read_once &=
+        reads_once([&] { run_backward(backward, options, of_blocks(plan)); }, x, initial, states, gradient, grad_final);
+    for (int64_t n = 0; n < neurons; ++n) {
+      for (int64_t t = 0; t < steps; ++t)
+        demand(same(grad_x[size_t(t * neurons + n)], expected[size_t(n)].grad_x[size_t(t)]), "dL/dx");
+      demand(same(grad_initial[size_t(n)], expected[size_t(n)].grad_initial), "dL/dv[0]");
+    }
+  }
 }
 
 // Pointers that allow no pack must not be given one.
@@ -152,24 +170,27 @@ T* reserve(int64_t size) {
 // More than 2^31 neurons: the last block alone, at the addresses that all of them would have.
 void check_large() {
   constexpr int64_t kSteps = kChunk + 1, kNeurons = (int64_t(1) << 31) + 8 * 40;
-  const LifPlan plan = plan_lif(kNeurons, sizeof(Half), 8, {132, 0});
-  demand(plan.width == 8, "a plan for many neurons");
+  const LifOptions options = options_of(Reset::kCommon);
+  const auto plan_of = [](bool backward) { return plan_lif(kSteps, kNeurons, sizeof(Half), backward, 8, {132, 0}); };
+  const LifPlan plan = plan_of(false), back = plan_of(true);
+  demand(plan.width == 8 && back.width == 4, "plans for many neurons");
   auto* const x = reserve<Half>(kSteps * kNeurons);
   auto* const spikes = reserve<Half>(kSteps * kNeurons);
   auto* const states = reserve<float>(kNeurons);
   auto* const gradient = reserve<Half>(kSteps * kNeurons);
   auto* const grad_x = reserve<Half>(kSteps * kNeurons);
   const int64_t first = (plan.blocks - 1) * plan.threads * plan.width;
+  const int64_t first_back = first / (back.threads * back.width);
   for (int64_t t = 0; t < kSteps; ++t)
     for (int64_t n = first; n < kNeurons; ++n) {
       x[t * kNeurons + n] = Rounded<Half>::from(float((n * 7 + t * 3) % 11) / 8);
       gradient[t * kNeurons + n] = Rounded<Half>::from(float((n * 5 + t) % 7) / 8);
     }
-  const Neuron neuron = neuron_of(options_of(false));
+  const Neuron neuron = neuron_of(options);
   const LifForward<Half> forward{kSteps, kNeurons, x, nullptr, spikes, nullptr, states};
   const LifBackward<Half> backward{kSteps, kNeurons, x, nullptr, states, gradient, nullptr, grad_x, nullptr};
-  launch(plan, plan.blocks - 1, [&] { lif_forward<8>(forward, plan, neuron); });
-  launch(plan, plan.blocks - 1, [&] { lif_backward<8>(backward, plan, neuron); });
+  run_forward(forward, options, plan, plan.blocks - 1);
+  run_backward(backward, options, back, first_back);
   for (int64_t n = first; n < kNeurons; ++n) {
     const auto at = [&](const Half* rows) { return [rows, n](int64_t t) { return to_state(rows[t * kNeurons + n]); }; };
     const Expected<Half> expected(neuron, kSteps, at(x), at(gradient), 0, 0);
@@ -184,7 +205,7 @@ bool near(float a, float b) { return std::abs(a - b) <= 1e-5f * (1 + std::abs(b)
 
 void check_neunorm(int64_t steps, int64_t batch, int64_t features, int64_t positions, int64_t groups,
                    int shared_bytes) {
-  const LifOptions options = options_of(false);
+  const LifOptions options = options_of(Reset::kHard);
   const Neuron neuron = neuron_of(options);
   const int64_t all = steps * batch * features * positions, maps = steps * batch * positions;
   const int64_t kept = (steps - 1) / kNeuNormChunk, weights = features * positions;
@@ -285,13 +306,12 @@ int main() {
   using namespace stbp::cuda;
   if constexpr (kWithoutBarriers) {
     check_alignment();
-    for (const bool soft : {false, true})
-      for (const int64_t steps : {1, 7, 8, 9, 16, 17, 24, 25, 41})
-        for (const int64_t neurons : {0, 1, 24, 8 * 33, 8 * 34 + 2, 8 * 34 + 5})
-          for (const int width : {1, 2, 4, 8}) {
-            if (width != 2 && width != 8) check_lif<float>(steps, neurons, width, 32, soft);
-            if (width != 4) check_lif<Half>(steps, neurons, width, 32, soft);
-          }
+    for (const Reset reset : {Reset::kCommon, Reset::kHard, Reset::kSoft})
+      for (const int64_t steps : {1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 24, 25, 41})
+        for (const int64_t neurons : {0, 1, 24, 8 * 33, 8 * 34 + 4, 8 * 34 + 5}) {
+          check_lif<float>(steps, neurons, 32, reset);
+          check_lif<Half>(steps, neurons, 32, reset);
+        }
     check_large();
   }
   for (const int shared_bytes : {0, 48 * 1024}) {

@@ -11,14 +11,14 @@ using Scalar = STBP_SCALAR;
 void instantiate(const LifForward<Scalar>& forward, const LifBackward<Scalar>& backward,
                  const NeuNormForward<Scalar>& norm_forward, const NeuNormBackward<Scalar>& norm_backward,
                  const LifOptions& options, const LifPlan& plan, const NeuNormPlan& norm_plan) {
+  visit_lif_forward<Scalar>(options, plan,
+                            [&](auto kernel, const auto& neuron) { kernel<<<1, 1>>>(forward, plan, neuron); });
+  visit_lif_backward<Scalar>(options, plan,
+                             [&](auto kernel, const auto& neuron) { kernel<<<1, 1>>>(backward, plan, neuron); });
   visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
-    visit_compiled_width<Scalar>(
-        plan, [&](auto width) { lif_forward<decltype(width)::value><<<1, 1>>>(forward, plan, neuron); });
     neunorm_forward<kNeuNormThreads><<<1, 1>>>(norm_forward, norm_plan, neuron);
   });
   visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
-    visit_compiled_width<Scalar>(
-        plan, [&](auto width) { lif_backward<decltype(width)::value><<<1, 1>>>(backward, plan, neuron); });
     neunorm_backward<kNeuNormThreads><<<1, 1>>>(norm_backward, norm_plan, neuron);
   });
 }

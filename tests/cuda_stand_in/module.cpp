@@ -114,12 +114,7 @@ NeuNormBackward<Scalar> neunorm_backward_of(std::array<int64_t, 4> shape, double
 
 template <class Scalar>
 void bind(py::module_ m) {
-  std::vector<int> widths;
-  for (int width = 16; width > 0; width /= 2)
-    visit_compiled_width<Scalar>({width, 0, 0}, [&](auto compiled) {
-      if (compiled == width) widths.push_back(width);
-    });
-  m.attr("widths") = widths;
+  m.def("compiled_plans", &compiled_plans<Scalar>);
   // Neither keeps its arrays alive.
   py::class_<LifForward<Scalar>>(m, "Forward")
       .def(py::init(&forward<Scalar>))
@@ -147,12 +142,13 @@ PYBIND11_MODULE(stand_in, m) {
   m.attr("chunk") = kChunk;
   m.attr("threads") = kMostThreads;
   py::class_<LifPlan>(m, "Plan")
-      .def(py::init<int, int, int64_t>(), py::arg("width"), py::arg("threads"), py::arg("blocks"))
+      .def(py::init<int, int, int, int64_t>(), py::arg("rows"), py::arg("width"), py::arg("threads"), py::arg("blocks"))
+      .def_readonly("rows", &LifPlan::rows)
       .def_readonly("width", &LifPlan::width)
       .def_readonly("threads", &LifPlan::threads)
       .def_readonly("blocks", &LifPlan::blocks);
-  m.def("plan_lif", [](int64_t neurons, int scalar_bytes, int widest, int processors) {
-    return plan_lif(neurons, scalar_bytes, widest, {processors, 0});
+  m.def("plan_lif", [](int64_t steps, int64_t neurons, int scalar_bytes, bool backward, int widest, int processors) {
+    return plan_lif(steps, neurons, scalar_bytes, backward, widest, {processors, 0});
   });
   m.attr("neunorm_chunk") = kNeuNormChunk;
   py::class_<NeuNormPlan>(m, "NeuNormPlan")

@@ -37,20 +37,27 @@ void launch(const LifPlan& plan, int64_t first, const Kernel& kernel) {
 }
 
 template <class Scalar>
-void run_forward(const LifForward<Scalar>& io, const LifOptions& options, const LifPlan& plan, int64_t first) {
-  visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
-    visit_compiled_width<Scalar>(
-        plan, [&](auto width) { launch(plan, first, [&] { lif_forward<decltype(width)::value>(io, plan, neuron); }); });
-  });
+void run_forward(const LifForward<Scalar>& io, const LifOptions& options, const LifPlan& plan, int64_t first = 0) {
+  visit_lif_forward<Scalar>(
+      options, plan, [&](auto kernel, const auto& neuron) { launch(plan, first, [&] { kernel(io, plan, neuron); }); });
 }
 
 template <class Scalar>
-void run_backward(const LifBackward<Scalar>& io, const LifOptions& options, const LifPlan& plan, int64_t first) {
-  visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
-    visit_compiled_width<Scalar>(plan, [&](auto width) {
-      launch(plan, first, [&] { lif_backward<decltype(width)::value>(io, plan, neuron); });
-    });
-  });
+void run_backward(const LifBackward<Scalar>& io, const LifOptions& options, const LifPlan& plan, int64_t first = 0) {
+  visit_lif_backward<Scalar>(
+      options, plan, [&](auto kernel, const auto& neuron) { launch(plan, first, [&] { kernel(io, plan, neuron); }); });
+}
+
+// The plans {rows, width} that kernels are compiled for and that can run T steps, whatever plan_lif would choose.
+template <class Scalar>
+std::vector<LifPlan> compiled_plans(int64_t steps, bool backward) {
+  std::vector<LifPlan> plans;
+  for (const int rows : {lif_rows(steps, sizeof(Scalar)), 0}) {
+    if (const int pack = lif_pack(rows, sizeof(Scalar), backward); pack > 1) plans.push_back({rows, pack, 0, 0});
+    plans.push_back({rows > 0 ? kMostRows : 0, 1, 0, 0});
+    if (rows == 0) break;
+  }
+  return plans;
 }
 
 // For kernels whose threads wait for each other: a block's threads have a stack each, and run in turn from one
@@ -104,7 +111,7 @@ class Fibers {
   std::unique_ptr<char[]> stacks_;  // [threads, kStack]
   void (*call_)(const void*);
   const void* body_;
-  ucontext_t scheduler_;
+  ucontext_t scheduler_{};  // AddressSanitizer reads its stack, which swapcontext() does not fill in
   size_t waiting_ = 0;
 };
 
