@@ -67,9 +67,8 @@ struct Math<float> : MathOfNumber<float> {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
   }
-  // For x >= 1: 1 / x rounded to nearest, or 0 where that is a subnormal number. A Newton step rounds correctly from
-  // any approximation within 1 ulp (tests/test_surrogate.py tries all); a division also tests for numbers < 2^-126, in
-  // a branch of its own.
+  // For x >= 1: 1 / x rounded to nearest, or 0 where that is a subnormal number. For such x nvcc compiles an IEEE
+  // reciprocal to the same three instructions, but behind a test and a branch for all other x.
   static STBP_FN float reciprocal(float x) {
     const float near = approximate_reciprocal(x);
     const float refined = __fmaf_rn(near, __fmaf_rn(-x, near, 1.0f), near);

@@ -213,6 +213,21 @@ def test_derivative_element_by_element(surrogate: str, dtype: torch.dtype, width
         )
 
 
+@every_surrogate
+def test_derivative_against_float64(surrogate: str, device: str) -> None:
+    """The float32 kernels' exponentials and divisions over all magnitudes, of arguments that have no rounding of their
+    own: the threshold is 0, the width 1, and squares of 12 bits are exact."""
+    s = torch.cat([torch.zeros(1), torch.logspace(-30, 30, 200_001)])
+    s = (s.view(torch.int32) & ~0xFFF).view(torch.float32)
+    s = torch.cat([s, -s]).to(device)
+    x = s.unsqueeze(0).requires_grad_()
+    spikes = functional.lif(x, v_threshold=0.0, v_reset=-1.0, surrogate=surrogate, backend="fused")
+    (found,) = torch.autograd.grad(spikes.sum(), x)
+    expected = SURROGATES[surrogate]().derivative(s.double())
+    bound = 1e-6 * expected + torch.finfo(torch.float32).smallest_normal
+    assert ((found[0].double() - expected).abs() <= bound).all()
+
+
 @every_dtype
 def test_long_sequences(dtype: torch.dtype, device: str) -> None:
     case = Case(3000, (70,), decay=0.95, initial=True, final=True)

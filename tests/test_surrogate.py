@@ -1,5 +1,6 @@
 """The surrogates by themselves: shape, area, and derivative against antiderivative."""
 
+import itertools
 import math
 import re
 
@@ -115,3 +116,35 @@ def test_a_surrogate_of_ones_own_needs_both_formulas() -> None:
         Nothing().derivative(s)
     with pytest.raises(NotImplementedError):
         Nothing().antiderivative(s)
+
+
+def test_a_newton_step_rounds_reciprocals_correctly() -> None:
+    """What csrc/number.h has for CUDA, in integers, for every mantissa: x = m / 2^23, and 1 / x is 2^47 / m units of
+    2^-24. From each approximation within 1 ulp comes the nearest number, but for one mantissa from one of the two; that
+    the hardware gives the other one there, IEEE's reciprocal, which rests on the same step, tells."""
+    m = np.arange(2**23, 2**24, dtype=np.int64)
+    nearest = (2**48 + m) // (2 * m)
+    wrong = []
+    for approximate in (2**47 // m, 2**47 // m + 1):
+        rest = (2**47 - m * approximate).astype(np.float32).astype(np.int64)  # 1 - x y, in units of 2^-47
+        product = approximate * rest
+        up = product & (2**47 - 1)
+        refined = approximate + (product >> 47)
+        refined += (up > 2**46) | ((up == 2**46) & (refined % 2 == 1))
+        wrong.append(m[refined != nearest].tolist())
+    assert wrong == [[2**24 - 1], []]
+
+
+def test_cudas_arithmetic_keeps_the_sigmoid_within_its_bound() -> None:
+    """An exponential within 2 ulp (CUDA's guide has expf() within 1) and a reciprocal within 1 (PTX's rcp.approx), at
+    their worst, against float64 over the whole range of numbers whose results are normal."""
+    x = -np.geomspace(1e-7, 80, 400_001).astype(np.float32)
+    exact = np.exp(x.astype(np.float64))
+    expected = exact / (1 + exact) ** 2
+    for ulps in itertools.product((-2, 0, 2), (-1, 0, 1)):
+        e = exact.astype(np.float32)
+        e += ulps[0] * np.spacing(e)
+        square = (1 + e) * (1 + e)
+        reciprocal = (1 / square.astype(np.float64)).astype(np.float32)
+        reciprocal += ulps[1] * np.spacing(reciprocal)
+        assert (np.abs(e * reciprocal - expected) <= 1e-6 * expected).all()

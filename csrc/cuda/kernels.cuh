@@ -155,6 +155,15 @@ __device__ __forceinline__ void go_back(const Neuron& neuron, const State (&u)[k
   }
 }
 
+// Minimum resident blocks for __launch_bounds__; bench/kernels.cu tries others.
+constexpr int min_blocks(int blocks) {
+#if defined(STBP_BLOCKS)
+  return blocks > 0 ? STBP_BLOCKS : 0;
+#else
+  return blocks;
+#endif
+}
+
 // T <= kRows: no loop, and as few registers as kRows rows take. A thread's neurons are few only where a GPU would not
 // be filled otherwise; then one kernel serves every T, and no row but the first is sure to be there.
 template <int kRows, int kWidth>
@@ -199,7 +208,7 @@ constexpr int kBackwardRowsBlocks = kWidth == 1            ? 8
                                                            : 4;
 
 template <int kRows, int kWidth, class Scalar, class Neuron>
-__global__ void __launch_bounds__(kMostThreads, (kBackwardRowsBlocks<Scalar, kRows, kWidth>))
+__global__ void __launch_bounds__(kMostThreads, min_blocks(kBackwardRowsBlocks<Scalar, kRows, kWidth>))
     lif_backward_rows(const LifBackward<Scalar> io, const LifPlan plan, const Neuron neuron) {
   using State = state_t<Scalar>;
   using Row = Pack<Scalar, kWidth>;
@@ -230,7 +239,7 @@ constexpr int kBackwardBlocks = sizeof(Scalar) == 8   ? 2
                                                       : 4;
 
 template <int kWidth, class Scalar, class Neuron>
-__global__ void __launch_bounds__(kMostThreads, (kForwardBlocks<Scalar, kWidth>))
+__global__ void __launch_bounds__(kMostThreads, min_blocks(kForwardBlocks<Scalar, kWidth>))
     lif_forward(const LifForward<Scalar> io, const LifPlan plan, const Neuron neuron) {
   using State = state_t<Scalar>;
   using Row = Pack<Scalar, kWidth>;
@@ -272,7 +281,7 @@ __global__ void __launch_bounds__(kMostThreads, (kForwardBlocks<Scalar, kWidth>)
 // Goes back chunk by chunk: reads a chunk's currents once, recomputes its potentials, kAtOnce of them at a time, from
 // the state before it, and uses them in reverse.
 template <int kWidth, class Scalar, class Neuron>
-__global__ void __launch_bounds__(kMostThreads, (kBackwardBlocks<Scalar, kWidth>))
+__global__ void __launch_bounds__(kMostThreads, min_blocks(kBackwardBlocks<Scalar, kWidth>))
     lif_backward(const LifBackward<Scalar> io, const LifPlan plan, const Neuron neuron) {
   using State = state_t<Scalar>;
   using Row = Pack<Scalar, kWidth>;

@@ -1,0 +1,291 @@
+// The CUDA kernels by themselves, without torch, against a copy of the same bytes in the same run. Within a minute:
+//
+//   nvcc -std=c++17 -O3 -fmad=false -arch=native -o kernels bench/kernels.cu && ./kernels [FILE.json]
+//
+// Every tensor is larger than twice the L2 cache, and random: a neuron fires in about a fifth of its steps. Prints a
+// table, and writes a point a line if a file is named. What the package would launch is what is measured, unless macros
+// say otherwise; -DSTBP_BLOCKS=N sets the minimum of resident blocks of all LIF kernels, and so their registers, and
+//
+//   -DROWS=4 -DWIDTH=2                 kernels for so many rows (0: for any T), with so many neurons a thread
+//   -DRESET=EitherReset                the reset of the neuron that goes back
+//   -DSURROGATE=Sigmoid                one surrogate, chosen while compiling
+//   -DSTEPS=4,16 -DSCALARS=BFloat16    these alone
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "../csrc/cuda/dispatch.h"
+#include "../csrc/cuda/neunorm.cuh"
+
+#ifndef STEPS
+#define STEPS 1, 2, 3, 4, 6, 8, 16, 32, 128
+#endif
+#ifndef SCALARS
+#define SCALARS float, BFloat16, Half
+#endif
+
+namespace stbp::cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+#define CHECK(call) check(call, #call)
+
+template <class Scalar>
+constexpr const char* kName = "float32";
+template <>
+constexpr const char* kName<BFloat16> = "bfloat16";
+template <>
+constexpr const char* kName<Half> = "float16";
+
+// A number of a normal distribution, that of a place.
+__device__ float normal_at(uint64_t place, uint64_t seed) {
+  uint64_t bits = (place ^ seed << 48) * 0x9e3779b97f4a7c15u;
+  bits = (bits ^ bits >> 32) * 0xd6e8feb86659fd93u;
+  bits ^= bits >> 32;
+  const float radius = sqrtf(-2 * logf((float(bits & 0xffffffu) + 1) / 0x1p24f));
+  return radius * cosf(6.2831853f * (float(bits >> 40) / 0x1p24f));
+}
+
+template <class Scalar>
+__global__ void fill(Scalar* to, int64_t size, uint64_t seed) {
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < size; i += int64_t(gridDim.x) * blockDim.x)
+    to[i] = Rounded<Scalar>::from(normal_at(uint64_t(i), seed));
+}
+
+__global__ void copy_packs(const uint4* from, uint4* to, int64_t packs) {
+  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i < packs) to[i] = from[i];
+}
+
+// Memory of the GPU.
+template <class T>
+class Array {
+ public:
+  explicit Array(int64_t size) { CHECK(cudaMalloc(&data_, size_t(std::max<int64_t>(size, 1)) * sizeof(T))); }
+  Array(int64_t size, uint64_t seed) : Array(size) { fill<<<2048, 256>>>(data_, size, seed); }
+  ~Array() { cudaFree(data_); }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+// Seconds of a launch: the median of nine, after two that are not counted.
+template <class Launch>
+double seconds_of(const Launch& launch) {
+  cudaEvent_t begin, end;
+  CHECK(cudaEventCreate(&begin));
+  CHECK(cudaEventCreate(&end));
+  std::vector<float> milliseconds;
+  for (int i = 0; i < 11; ++i) {
+    CHECK(cudaEventRecord(begin));
+    launch();
+    CHECK(cudaEventRecord(end));
+    CHECK(cudaEventSynchronize(end));
+    CHECK(cudaGetLastError());
+    float elapsed = 0;
+    CHECK(cudaEventElapsedTime(&elapsed, begin, end));
+    if (i >= 2) milliseconds.push_back(elapsed);
+  }
+  CHECK(cudaEventDestroy(begin));
+  CHECK(cudaEventDestroy(end));
+  std::sort(milliseconds.begin(), milliseconds.end());
+  return double(milliseconds[milliseconds.size() / 2]) * 1e-3;
+}
+
+struct Bench {
+  cudaDeviceProp gpu;
+  DeviceProperties properties;
+  int64_t bytes;  // of a tensor
+  double copied;  // bytes read and written a second by a copy, the faster of memcpy's and a kernel's
+  std::FILE* file;
+  bool first = true;
+
+  explicit Bench(const char* path) {
+    CHECK(cudaGetDeviceProperties(&gpu, 0));
+    properties = {gpu.multiProcessorCount, int(gpu.sharedMemPerBlockOptin)};
+    bytes = int64_t(1) << 28;
+    while (bytes < 2 * int64_t(gpu.l2CacheSize)) bytes *= 2;
+    const Array<uint4> from(bytes / 16), to(bytes / 16);
+    const int64_t packs = bytes / 16;
+    const double by_kernel = seconds_of([&] { copy_packs<<<unsigned((packs + 255) / 256), 256>>>(from, to, packs); });
+    const double by_driver =
+        seconds_of([&] { CHECK(cudaMemcpyAsync(to, from, size_t(bytes), cudaMemcpyDeviceToDevice)); });
+    copied = 2 * double(bytes) / std::min(by_kernel, by_driver);
+    std::printf("%s, %d multiprocessors, %d MB L2; a copy moves %.0f GB/s (kernel %.0f, memcpy %.0f)\n", gpu.name,
+                gpu.multiProcessorCount, gpu.l2CacheSize >> 20, copied * 1e-9, 2 * double(bytes) / by_kernel * 1e-9,
+                2 * double(bytes) / by_driver * 1e-9);
+    file = path ? std::fopen(path, "w") : nullptr;
+    if (path && !file) check(cudaErrorInvalidValue, path);
+    int driver = 0, runtime = 0;
+    CHECK(cudaDriverGetVersion(&driver));
+    CHECK(cudaRuntimeGetVersion(&runtime));
+    if (file)
+      std::fprintf(
+          file,
+          "{\"machine\": {\"gpu\": \"%s\", \"cuda_driver\": %d, \"cuda_runtime\": %d, \"copy_gb_per_s\": %.1f},"
+          "\n \"points\": [",
+          gpu.name, driver, runtime, copied * 1e-9);
+  }
+  ~Bench() {
+    if (!file) return;
+    std::fprintf(file, "\n ]}\n");
+    std::fclose(file);
+  }
+
+  // Time of a launch, as a share of what a copy would take for the bytes that must move.
+  template <class Launch>
+  double point(const std::string& what, double moved, const Launch& launch) {
+    const double seconds = seconds_of(launch), share = moved / seconds / copied;
+    if (file)
+      std::fprintf(file, "%s\n  {%s, \"ms\": %.5f, \"gb_per_s\": %.1f, \"of_a_copy\": %.4f}", first ? "" : ",",
+                   what.c_str(), 1e3 * seconds, moved / seconds * 1e-9, share);
+    first = false;
+    return 100 * share;
+  }
+};
+
+std::string text(const char* key, const std::string& value) {
+  return std::string("\"") + key + "\": \"" + value + "\"";
+}
+std::string text(const char* key, int64_t value) { return std::string("\"") + key + "\": " + std::to_string(value); }
+
+template <template <class> class... Surrogate>
+std::vector<const char*> names(SurrogateList<Surrogate...>) {
+  return {Surrogate<float>::kName...};
+}
+
+// What the macros ask for, else the package's own choice.
+LifPlan plan_of(int64_t steps, int64_t neurons, int scalar_bytes, bool backward, const DeviceProperties& properties) {
+  LifPlan plan = plan_lif(steps, neurons, scalar_bytes, backward, 16 / scalar_bytes, properties);
+#ifdef WIDTH
+  plan.width = WIDTH;
+  plan.threads = kMostThreads;
+  plan.blocks = (neurons + WIDTH * kMostThreads - 1) / (WIDTH * kMostThreads);
+#endif
+#ifdef ROWS
+  plan.rows = ROWS;
+#endif
+  return plan;
+}
+
+template <class Scalar, bool kBackward, class F>
+void visit_lif(const LifOptions& options, const LifPlan& plan, const F& f) {
+#if defined(ROWS) || defined(WIDTH) || defined(RESET) || defined(SURROGATE)
+#if !defined(ROWS) || !defined(WIDTH)
+#error "ROWS and WIDTH are wanted, too"
+#endif
+#ifndef RESET
+#define RESET CommonReset
+#endif
+#ifdef SURROGATE
+  using Chosen = SURROGATE<float>;
+  const Chosen surrogate(options.width);
+#else
+  using Chosen = AnySurrogate<float, Surrogates>;
+  const Chosen surrogate(options.surrogate, options.width);
+#endif
+  using Forward = Lif<float, EitherReset, Heaviside, NoSurrogate>;
+  using Backward = Lif<float, RESET, Heaviside, Chosen>;
+  const LifConstants<float> constants(options);
+  if constexpr (kBackward) {
+    const Backward neuron{constants, surrogate};
+    if constexpr (ROWS > 0) {
+      f(lif_backward_rows<ROWS, WIDTH, Scalar, Backward>, neuron);
+    } else {
+      f(lif_backward<WIDTH, Scalar, Backward>, neuron);
+    }
+  } else {
+    const Forward neuron{constants, {}};
+    if constexpr (ROWS > 0) {
+      f(lif_forward_rows<ROWS, WIDTH, Scalar, Forward>, neuron);
+    } else {
+      f(lif_forward<WIDTH, Scalar, Forward>, neuron);
+    }
+  }
+#else
+  if constexpr (kBackward) {
+    visit_lif_backward<Scalar>(options, plan, f);
+  } else {
+    visit_lif_forward<Scalar>(options, plan, f);
+  }
+#endif
+}
+
+template <class Scalar>
+void bench_lif(Bench& bench) {
+  const int64_t all = bench.bytes / int64_t(sizeof(Scalar));
+  const Array<Scalar> x(all, 1), gradient(all, 2), spikes(all), grad_x(all);
+  const Array<float> kept(all / kChunk);
+  const auto surrogates = names(Surrogates{});
+  std::printf("\n%s, %% of a copy   forward   backward:", kName<Scalar>);
+  for (const char* name : surrogates) std::printf(" %12s", name);
+  std::printf("   soft reset\n");
+  for (const int64_t steps : {STEPS}) {
+#ifdef ROWS
+    if (ROWS > 0 && steps > ROWS) continue;
+#endif
+    const int64_t neurons = all / steps / 64 * 64, saved = (steps - 1) / kChunk;
+    const double state_bytes = double(saved * neurons) * sizeof(float),
+                 row_bytes = double(steps * neurons) * sizeof(Scalar);
+    float* const states = saved ? static_cast<float*>(kept) : nullptr;
+    const LifForward<Scalar> forward{steps, neurons, x, nullptr, spikes, nullptr, states};
+    const LifBackward<Scalar> backward{steps, neurons, x, nullptr, states, gradient, nullptr, grad_x, nullptr};
+    const auto what = [&](const char* kernel, const LifPlan& plan, const char* surrogate, const char* reset) {
+      return text("kernel", kernel) + ", " + text("dtype", kName<Scalar>) + ", " + text("steps", steps) + ", " +
+             text("surrogate", surrogate) + ", " + text("reset", reset) + ", " + text("rows", plan.rows) + ", " +
+             text("width", plan.width);
+    };
+    const auto options = [](int surrogate, bool soft) {
+      return LifOptions{0.5, 0.75, 0.0, soft, false, false, false, false, surrogate, 1.0};
+    };
+    const LifPlan there = plan_of(steps, neurons, sizeof(Scalar), false, bench.properties);
+    const LifPlan back = plan_of(steps, neurons, sizeof(Scalar), true, bench.properties);
+    double share = 0;
+    visit_lif<Scalar, false>(options(0, false), there, [&](auto kernel, const auto& neuron) {
+      share = bench.point(what("lif_forward", there, "", "common"), 2 * row_bytes + state_bytes,
+                          [&] { kernel<<<unsigned(there.blocks), there.threads>>>(forward, there, neuron); });
+    });
+    std::printf("T %-4d %8.1f %25s", int(steps), share, "");
+    const auto run_backward = [&](int surrogate, bool soft) {
+      visit_lif<Scalar, true>(options(surrogate, soft), back, [&](auto kernel, const auto& neuron) {
+        share = bench.point(what("lif_backward", back, surrogates[size_t(surrogate)], soft ? "soft" : "common"),
+                            3 * row_bytes + state_bytes,
+                            [&] { kernel<<<unsigned(back.blocks), back.threads>>>(backward, back, neuron); });
+      });
+      std::printf(" %12.1f", share);
+      std::fflush(stdout);
+    };
+    for (size_t i = 0; i < surrogates.size(); ++i) run_backward(int(i), false);
+    run_backward(0, true);
+    std::printf("\n");
+  }
+}
+
+template <class... Scalar>
+struct ScalarList {};
+
+template <class... Scalar>
+void bench_all(Bench& bench, ScalarList<Scalar...>) {
+  (bench_lif<Scalar>(bench), ...);
+}
+
+}  // namespace
+}  // namespace stbp::cuda
+
+int main(int argc, char** argv) {
+  using namespace stbp;
+  cuda::Bench bench(argc > 1 ? argv[1] : nullptr);
+  cuda::bench_all(bench, cuda::ScalarList<SCALARS>());
+}
