@@ -33,6 +33,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 _warned: set[str] = set()
+_with_kernels: set[torch.device] = set()  # devices that were asked, beside the CPU
 
 
 def _check_number(name: str, value: object) -> None:
@@ -155,7 +156,8 @@ def _use_fused(x: Tensor, checked: Checked) -> bool:
     if backend == "reference":
         return False
     surrogate, smooth = checked.options["surrogate"], checked.options["smooth"]
-    if x.is_cpu and not smooth and SURROGATES.get(surrogate.name) is type(surrogate):
+    known = x.is_cpu or (not torch.compiler.is_compiling() and x.device in _with_kernels)
+    if known and not smooth and SURROGATES.get(surrogate.name) is type(surrogate):
         return True  # first, for the rest takes microseconds
     problem = ops.fused_backend_problem(x.device)
     if SURROGATES.get(surrogate.name) is not type(surrogate):
@@ -163,6 +165,8 @@ def _use_fused(x: Tensor, checked: Checked) -> bool:
     elif smooth and x.dtype != torch.float64:
         problem = f"the smooth spike has fused kernels for torch.float64 only, and x is {x.dtype}"
     if problem is None:
+        if not torch.compiler.is_compiling():
+            _with_kernels.add(x.device)
         return True
     if backend == "fused":
         raise RuntimeError(f"backend='fused' cannot run: {problem}")

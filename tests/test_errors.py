@@ -152,3 +152,12 @@ def test_which_devices_the_kernels_run_on(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     found = ops.fused_backend_problem(torch.device(device))
     assert found is None if problem is None else found is not None and problem in found
+
+
+def test_a_device_is_asked_once_what_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(functional, "_with_kernels", set())
+    monkeypatch.setattr(ops, "fused_backend_problem", asked.append)
+    for _ in range(3):
+        functional.lif(torch.empty(3, 4, device="meta"), backend="fused")
+    assert asked == [torch.device("meta")]
