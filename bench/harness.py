@@ -296,11 +296,25 @@ def write(path: Path, data: bytes) -> None:
     print(path)
 
 
-def encoded(result: object) -> bytes:
-    return (json.dumps(result, indent=1) + "\n").encode()
+def encoded(result: dict[str, Any]) -> bytes:
+    """JSON with an entry a line; an entry that is a list or a dictionary of others has a line for each of these."""
+
+    def entry(value: object) -> str:
+        values: list[object] = (
+            list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        )
+        if not any(isinstance(inner, dict) for inner in values):
+            return json.dumps(value)
+        if isinstance(value, dict):
+            inner = [f"{json.dumps(key)}: {json.dumps(of)}" for key, of in value.items()]
+            return "{\n  " + ",\n  ".join(inner) + "\n }"
+        return "[\n  " + ",\n  ".join(map(json.dumps, values)) + "\n ]"
+
+    entries = [f"{json.dumps(key)}: {entry(value)}" for key, value in result.items()]
+    return ("{\n " + ",\n ".join(entries) + "\n}\n").encode()
 
 
-def write_json(path: Path, result: object) -> None:
+def write_json(path: Path, result: dict[str, Any]) -> None:
     write(path, encoded(result))
 
 

@@ -2,6 +2,7 @@
 
 python bench/report.py            rewrites every block between <!-- figures: NAME --> and <!-- end -->
 python bench/report.py --check    only says whether they are what the results hold
+python bench/report.py --picture  draws bench/results/h200-b287b56.png, too
 python bench/report.py --summary FOLDER
                                   writes FOLDER/summary.md from the results there, as scripts/gpu_check.sh leaves them
 """
@@ -13,6 +14,7 @@ import contextlib
 import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,18 +101,21 @@ def train_step() -> str:
     result = load("train_step")
     rows = []
     for point in result["points"]:
+        setting = "malloc keeps" if point["malloc"] == "keep" else ""
+        if point.get("tf32") is not None:
+            setting = "TF32" if point["tf32"] else "no TF32"
         rows.append(
             [
                 f"{point['network']}, T {point['steps']}, batch {point['batch']}",
                 point["label"],
-                "keeps" if point["malloc"] == "keep" else "default",
+                setting,
                 f"{1e3 * point['median']:,.0f}",
                 f"{point['neurons_share']:.0%}",
                 times(point["ratio"]),
                 mebibytes(point["peak"]),
             ]
         )
-    head = ["network", "", "malloc", "ms a step", "of it neurons", "of ours", "peak MiB"]
+    head = ["network", "", "setting", "ms a step", "of it neurons", "of ours", "peak MiB"]
     return about(result["machine"]) + table(head, rows)
 
 
@@ -225,54 +230,187 @@ def kernels() -> str:
 
 
 def compiled() -> str:
-    result = load("model")
-    architectures = list(dict.fromkeys(kernel["architecture"] for kernel in result["kernels"]))
-    cells: dict[tuple[str, str, int], dict[str, list[tuple[int, int]]]] = {}
-    for kernel in result["kernels"]:
-        row = cells.setdefault((kernel["name"], kernel["scalar"], kernel["width"]), {})
-        row.setdefault(kernel["architecture"], []).append((kernel["registers"], kernel["resident_threads"]))
+    result = load("compiled")
+    parameters = [key for key in ("rows", "width", "threads") if any(key in row for row in result["kernels"])]
+    architectures = sorted({key for row in result["kernels"] for key in row["registers"]}, key=int)
     rows = []
-    for (name, scalar, width), row in cells.items():
-        # The worst of all surrogates.
-        worst = [(max(n for n, _ in row[key]), min(n for _, n in row[key])) for key in architectures]
-        rows.append([f"{name}, {scalar}", str(width), *(f"{registers} / {threads}" for registers, threads in worst)])
-    spilled = sum(kernel["spilled"] + kernel["stack"] for kernel in result["kernels"])
-    text = f"nvcc {result['nvcc']}, {len(result['kernels'])} kernels, {spilled} bytes spilled or on a stack in all. "
-    each = ", ".join(f"{scalar} {seconds:.0f}" for scalar, seconds in result["compile_seconds"].items())
-    text += f"To compile and read them takes, for each architecture, {each} s of one core. "
-    fewest: dict[str, int] = {}
-    for kernel in result["kernels"]:
-        if (threads := kernel["resident_threads_holding"]) < kernel["resident_threads"]:
-            fewest[kernel["architecture"]] = min(threads, fewest.get(kernel["architecture"], threads))
-    of_each = ", ".join(f"{threads} on sm_{key}" for key, threads in fewest.items())
-    text += f"With 64 KB of gradients in shared memory, neunorm_backward has fewer threads: {of_each}.\n\n"
-    return text + table(["registers / threads at once", "width", *(f"sm_{key}" for key in architectures)], rows)
+    for row in result["kernels"]:
+        cells = [f"{row['registers'][key]} / {row['warps'][key]}" for key in architectures]
+        rows.append([f"{row['kernel']}, {row['dtype']}", *(str(row.get(key, "")) for key in parameters), *cells])
+    local = max(row["local_bytes"] for row in result["kernels"])
+    count = sum(row["compiled"] for row in result["kernels"])
+    text = (
+        f"nvcc {result['nvcc']}, {result['date'][:10]}: {count} kernels, the worst with {local} bytes spilled or "
+    )
+    text += "on a stack.\n\n"
+    return text + table(["registers / warps", *parameters, *(f"sm_{key}" for key in architectures)], rows)
 
 
-def model() -> str:
+H200 = "h200-b287b56"
+VARIANTS = {
+    "base": "as landed: 8 steps at once, 4 rows of gradients under way",
+    "ah2": "2 rows of gradients under way",
+    "ah8": "8 rows of gradients under way",
+    "ao4": "4 steps at once; at least 8 or 6 blocks forward, 6 or 3 backward",
+    "bw2": "at least 5 blocks forward, 2 backward",
+    "sts": "streaming stores",
+    "w2": "packs of 8 bytes",
+    "w2b": "packs of 8 bytes; at least 6 blocks forward, 4 backward",
+    "w1": "packs of 4 bytes",
+    "t256": "256 threads a block; at least 2 blocks forward, 1 backward",
+}
+
+
+def h200() -> dict[str, Any]:
+    """What was measured on an H200 with an earlier version: its files are in bench/results/ alone."""
+    if source.folder != RESULTS:
+        raise NotMeasuredError
+    return json.loads((RESULTS / f"{H200}.json").read_text())
+
+
+def h200_machine() -> str:
+    machine, tests = h200()["machine"], h200()["tests"]
+    text = f"Measured at {machine['commit']} on {machine['date']}: {machine['gpu']}, driver {machine['driver']}, torch "
+    text += (
+        f"{machine['torch']}, nvcc {machine['nvcc']}, host {machine['cpu']}, Python {machine['python']}. A copy moves "
+    )
+    text += "{} to {} TB/s there, read and written. ".format(*machine["copy_tb_per_s"])
+    text += f"`pytest -m cuda`: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped, in "
+    return text + f"{tests['seconds']} s with {tests['processes']} processes.\n"
+
+
+def h200_speed() -> str:
     rows = []
-    for point in load("model")["model"]:
-        under_way, needed = point["under_way_per_processor"], point["needed_under_way"]
-        rows.append(
-            [
-                f"{point['gpu']}, {point['scalar']} {point['kernel']}",
-                f"{point['bytes_per_neuron_step']:.2f}",
-                f"{under_way / 1024:.0f} of {needed / 1024:.0f}",
-                f"{point['instructions_per_neuron_step']:.1f}",
-                f"{point['limits']['latency']:.0%}",
-                f"{point['limits']['instructions']:.0%}",
-                f"{point['fraction']:.0%}, {point['limited_by']}",
-            ]
-        )
-    head = ["", "bytes", "KB under way of needed", "instructions", "latency allows", "instructions allow", "predicted"]
+    points = h200()["speed"]
+    labels = {"unbind": "eager loop, x.unbind()", "spikingjelly-native": "SpikingJelly, native"}
+    labels["spikingjelly-triton"] = "SpikingJelly, Triton"
+    for name, label in labels.items():
+        known = [point for point in points if name in point["ratios"]]
+        worst = min(known, key=lambda point: point["ratios"][name])
+        at = f"{worst['dtype']} {worst['steps']} x {worst['neurons']:,} {worst['pass']}"
+        medians = [
+            times(statistics.median(p["ratios"][name] for p in known if p["dtype"] == dtype and p["pass"] == pass_))
+            for dtype in ("float32", "bfloat16")
+            for pass_ in ("fwd", "fwd+bwd")
+        ]
+        rows.append([label, *medians, times(worst["ratios"][name]), at])
+    head = ["stbp_cuda is, against", "fp32 fwd", "fwd+bwd", "bf16 fwd", "fwd+bwd", "worst", "at"]
     return table(head, rows)
+
+
+def h200_fused() -> str:
+    rows: dict[str, list[str]] = {}
+    for point in h200()["spikingjelly"]:
+        row = rows.setdefault(f"{point['steps']} x {point['neurons']:,}", [])
+        row += [f"{point['fwd']} x", f"{point['fwd+bwd']} x"]
+    head = ["T x N", "fp32 fwd", "fwd+bwd", "bf16 fwd", "fwd+bwd"]
+    return table(head, [[size, *row] for size, row in rows.items()])
+
+
+def h200_kernels() -> str:
+    steps = sorted({point["steps"] for point in h200()["kernels"]})
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        base = {p["steps"]: p for p in h200()["kernels"] if p["variant"] == "base" and p["dtype"] == dtype}
+        for way in ("forward", "backward", "sigmoid_backward"):
+            cells = [base[t].get(f"{way}_of_a_copy") for t in steps]
+            label = way.replace("sigmoid_backward", "backward, sigmoid")
+            rows.append([f"{dtype} {label}", *(f"{cell:.0%}" if cell else "" for cell in cells)])
+    return table(["of a copy", *(f"T = {t}" for t in steps)], rows)
+
+
+def h200_variants() -> str:
+    rows = []
+    for variant, label in VARIANTS.items():
+        points = {(p["dtype"], p["steps"]): p for p in h200()["kernels"] if p["variant"] == variant}
+        cells = [
+            f"{points[dtype, steps]['forward_of_a_copy']:.0%} / {points[dtype, steps]['backward_of_a_copy']:.0%}"
+            for dtype in ("float32", "bfloat16")
+            for steps in (1, 4, 16)
+        ]
+        rows.append([label, *cells, f"{points['bfloat16', 16]['sigmoid_backward_of_a_copy']:.0%}"])
+    head = ["of a copy, forward / backward", "fp32 T = 1", "4", "16", "bf16 T = 1", "4", "16", "sigmoid backward, 16"]
+    return table(head, rows)
+
+
+def h200_train_step() -> str:
+    rows = []
+    for point in h200()["train_step"]:
+        rows.append([f"{point['precision']}, {point['layout']}", *(f"{ms:.1f}" for ms in point["ms"].values())])
+    return table(["ms a step", *h200()["train_step"][0]["ms"]], rows)
+
+
+def h200_compiled_step() -> str:
+    rows = [[point["mode"], *(f"{ms:.1f}" for ms in point["ms"].values())] for point in h200()["compiled_step"]]
+    return table(["ms of forward and backward", *h200()["compiled_step"][0]["ms"]], rows)
+
+
+def h200_neunorm() -> str:
+    rows = []
+    for point in h200()["neunorm"]:
+        shares = [f"{point[way]:.0%}" for way in ("fwd_of_a_copy", "fwd+bwd_of_a_copy")]
+        shape = " x ".join(map(str, point["shape"]))
+        rows.append([shape, point["dtype"], *shares, f"{point['times_as_fast_as_two_layers']} x"])
+    head = ["T x B x C x H x W", "", "fwd, of a copy", "fwd+bwd, of a copy", "fwd+bwd, LIFLayer + NeuNorm"]
+    return table(head, rows)
+
+
+def h200_host() -> str:
+    return table(["us of the host", ""], [[name, f"{us:,}"] for name, us in h200()["host_us"].items()])
+
+
+def h200_picture(path: Path) -> None:
+    """One layer against its rivals, and the kernels alone."""
+    from matplotlib.figure import Figure  # not for --check and --summary
+
+    figure = Figure(figsize=(14, 5), dpi=120, layout="constrained")
+    machine = h200()["machine"]
+    figure.suptitle(f"{machine['gpu']}, torch {machine['torch']}, measured at {machine['commit']} on {machine['date']}")
+    axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
+    axes[1].sharey(axes[0])
+    styles = {
+        "spikingjelly-native": ("SpikingJelly, native", "C8"),
+        "spikingjelly-triton": ("SpikingJelly, Triton", "C2"),
+        "unbind": ("eager loop, x.unbind()", "C9"),
+    }
+    for axis, dtype in zip(axes[:2], ("float32", "bfloat16"), strict=True):
+        shown = [p for p in h200()["speed"] if p["dtype"] == dtype and p["steps"] == 16 and p["pass"] == "fwd+bwd"]
+        sizes = [p["neurons"] for p in shown]
+        ns = [1e3 * p["us"] / p["steps"] / p["neurons"] for p in shown]
+        axis.plot(sizes, ns, "o-", color="red", linewidth=2.5, label="stbp_cuda", zorder=3)
+        for name, (label, colour) in styles.items():
+            axis.plot(
+                sizes, [t * p["ratios"][name] for t, p in zip(ns, shown, strict=True)], "o-", color=colour, label=label
+            )
+        copy = [t * p["of_a_copy"] for t, p in zip(ns, shown, strict=True)]
+        axis.plot(sizes, copy, "--", color="gray", label="a copy of x and the gradient")
+        title = f"One layer, {dtype}, T = 16, fwd+bwd"
+        axis.set(title=title, xscale="log", yscale="log", xlabel="N", ylabel="ns per neuron and step")
+    base = [p for p in h200()["kernels"] if p["variant"] == "base"]
+    for dtype, colour in ("float32", "C3"), ("bfloat16", "C0"):
+        for way, line in ("forward", "o-"), ("backward", "s--"):
+            shown = [p for p in base if p["dtype"] == dtype]
+            shares = [100 * p[f"{way}_of_a_copy"] for p in shown]
+            axes[2].plot([p["steps"] for p in shown], shares, line, color=colour, label=f"{dtype} {way}")
+    steps = sorted({p["steps"] for p in base})
+    axes[2].set(title="The kernels alone", xscale="log", ylim=(0, 105), xlabel="T", ylabel="% of a copy's bandwidth")
+    axes[2].set_xticks(steps, map(str, steps))
+    axes[2].minorticks_off()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=5)
+    axes[2].legend(loc="lower right")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path)
+    print(path)
 
 
 FIGURES: dict[str, Callable[[], str]] = {
     figure.__name__: figure
     for figure in (
         *(speed, speed_targets, train_step, train_step_targets, memory, overhead, kernels),
-        *(train_step_speed, train_step_growth, neunorm, neunorm_targets, compiled, model),
+        *(train_step_speed, train_step_growth, neunorm, neunorm_targets, compiled),
+        *(h200_machine, h200_speed, h200_fused, h200_kernels, h200_variants, h200_train_step),
+        *(h200_compiled_step, h200_neunorm, h200_host),
     )
 }
 
@@ -311,6 +449,7 @@ def block(found: re.Match[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 if a page holds other figures")
+    parser.add_argument("--picture", action="store_true", help="also draw what was measured on the H200")
     parser.add_argument("--summary", type=Path, metavar="FOLDER", help="write FOLDER/summary.md, and nothing else")
     args = parser.parse_args()
     if args.summary:
@@ -319,6 +458,8 @@ def main() -> None:
         page.write_text(summary(args.summary))
         print(page)
         return
+    if args.picture:
+        h200_picture(RESULTS / f"{H200}.png")
     stale = []
     for page in PAGES:
         before = page.read_text()
