@@ -163,6 +163,7 @@ class Rival:
         make: makes a layer, which may be called with any ``x [T, N]``.
         package: what must be installed.
         cuda_only: whether it runs on a GPU only.
+        float64: whether it takes float64.
         surrogate: the one its gradients belong to.
         exact: whether its arithmetic is that of the eager loop, so that its spikes must equal the loop's to the bit.
         tensors: about how many tensors like x, in the dtype of the state, training needs at most: to tell what fits.
@@ -173,6 +174,7 @@ class Rival:
     make: Callable[[], Layer]
     package: str | None = None
     cuda_only: bool = False
+    float64: bool = True
     surrogate: Surrogate = RECTANGULAR
     exact: bool = True
     tensors: int = 14
@@ -182,8 +184,8 @@ class Rival:
         with device:  # for what a library keeps as tensors
             return self.make()
 
-    def problem(self, device: torch.device) -> str | None:
-        """Why it cannot run on a device; None if it may."""
+    def problem(self, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+        """Why it cannot run on a device, or there with inputs of a dtype; None if it may."""
         if self.package:
             try:
                 load(self.package)
@@ -191,6 +193,8 @@ class Rival:
                 return str(error)
         if self.cuda_only and device.type != "cuda":
             return "needs a CUDA GPU"
+        if dtype == torch.float64 and not self.float64:
+            return "its kernels refuse float64"
         return None
 
 
@@ -218,6 +222,7 @@ RIVALS = {
         lambda: spikingjelly("triton", "PiecewiseQuadratic"),
         "spikingjelly",
         cuda_only=True,
+        float64=False,
         tensors=4,
         surrogate=Polynomial(width=4),
         note=FUSED_SPIKINGJELLY,
@@ -227,6 +232,7 @@ RIVALS = {
         lambda: spikingjelly("cuda", "PiecewiseQuadratic"),
         "spikingjelly",
         cuda_only=True,
+        float64=False,
         tensors=4,
         surrogate=Polynomial(width=4),
         note=FUSED_SPIKINGJELLY + "; needs an installation from source",

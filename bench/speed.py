@@ -112,7 +112,7 @@ def measure_point(
         of = (dtype, run_name, steps, neurons)
         runs, firsts, left_out = {}, {}, {}
         for name, layer in layers.items():
-            if problem := budget.problem(name, *of):
+            if problem := RIVALS[name].problem(device, x.dtype) or budget.problem(name, *of):
                 left_out[name] = problem
                 continue
             start = time.perf_counter()

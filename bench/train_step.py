@@ -12,14 +12,16 @@ first convolution all contestants compute once for all steps. All have the same 
 checked before they are timed to give the same rates and gradients; where sums round differently, a few spikes differ,
 and the output says how many.
 
-The neurons' share is what a step takes beyond the same step without neurons. The peak is that of a step in a fresh
-process, beside weights and input. On Linux every measurement is also made with the settings of malloc that the README
-recommends, for all contestants. Prints a table, writes train_step-<device>.json and .png.
+The neurons' share is what a step takes beyond the same step without neurons. The peak is that of a step, beside weights
+and input, on a CPU in a fresh process. On Linux's CPU every measurement is also made with the settings of malloc that
+the README recommends, for all contestants; on a GPU with TF32 in convolutions and linear layers, and without. They are
+always compared without it: it rounds differently in each memory layout, and spikes flip. Prints a table, writes
+train_step-<device>.json and .png.
 
-The two studies take these settings alone, and of the contestants ours and the per-step loop, the authors' way. Speed
-has T = 10 and batches of 20, as there, and says how long an epoch of the data set's training samples would take. The
-input is random in place of the data: the time does not depend on it. They write train_step-<study>-<device>.json and
-.png.
+The two studies take malloc's settings or TF32 alone, and of the contestants ours and the per-step loop, the authors'
+way. Speed has T = 10 and batches of 20, as there, and says how long an epoch of the data set's training samples would
+take. The input is random in place of the data: the time does not depend on it. They write
+train_step-<study>-<device>.json and .png.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -48,6 +51,7 @@ from stbp_cuda.surrogate import Rectangular
 # Freed memory is neither given back nor mapped anew: the page faults of fresh tensors cost as much as the convolutions.
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 MALLOC = {"default": {}, "keep": KEEP}
+TF32_BACKENDS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
 RATES_MAY_DIFFER, GRADIENTS_MAY_DIFFER = 0.02, 0.05  # of all rates; of the gradient, in the 2-norm
 FEWEST_CHECKED = 20  # samples in a study: of the rates of two, a single spike is 5 %
 TARGETS = {("mnist-cnn", "loop"): 1.5, ("mnist-cnn", "spikingjelly"): 2.0}  # with malloc told to keep its memory
@@ -398,23 +402,37 @@ def check(name: str, found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tenso
     return {"rates": different, "gradient": gradient}
 
 
+@contextlib.contextmanager
+def allow_tf32(allowed: bool) -> Iterator[None]:
+    before = [backend.fp32_precision for backend in TF32_BACKENDS]
+    try:
+        for backend in TF32_BACKENDS:
+            backend.fp32_precision = "tf32" if allowed else "ieee"
+        yield
+    finally:
+        for backend, precision in zip(TF32_BACKENDS, before, strict=True):
+            backend.fp32_precision = precision
+
+
 def time_all(
-    network: Network, names: list[str], study: bool, seconds: float, device: str, threads: int
+    network: Network, names: list[str], study: bool, seconds: float, device: str, threads: int, tf32: bool | None
 ) -> dict[str, dict[str, Any]]:
-    """Time, and but in a study time without neurons, of every contestant; to be run in a fresh process."""
+    """Time, and but in a study time without neurons, of every contestant; on a CPU to be run in a fresh process."""
     torch.set_num_threads(threads)
     at = torch.device(device)
     checked = dataclasses.replace(network, batch=max(network.batch, FEWEST_CHECKED)) if study else network
     x, y = data(checked, at)
     state = weights(checked, x)
-    expected = results("ours", checked, state, x, y)
-    differences = {name: check(name, results(name, checked, state, x, y), expected) for name in names}
+    with allow_tf32(False):
+        expected = results("ours", checked, state, x, y)
+        differences = {name: check(name, results(name, checked, state, x, y), expected) for name in names}
     x, y = data(network, at)
     runs: dict[str, Callable[[], object]] = {}
     for name in names:
         for neurons in (True,) if study else (True, False):
             runs[f"{name} {neurons}"] = train(make(name, network, state, at, neurons), x, y)
-    times = harness.measure(runs, seconds * len(runs), at)
+    with allow_tf32(bool(tf32)):
+        times = harness.measure(runs, seconds * len(runs), at)
     found = {}
     for name in names:
         found[name] = {**times[f"{name} True"], "different": differences[name]}
@@ -426,7 +444,7 @@ def time_all(
 
 
 def peak(network: Network, name: str, device: str, threads: int) -> int | None:
-    """The memory of one step; to be run in a fresh process."""
+    """The memory of one step; on a CPU to be run in a fresh process."""
     torch.set_num_threads(threads)
     at = torch.device(device)
     x, y = data(network, at)
@@ -453,9 +471,13 @@ def environment(settings: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def setting(point: dict[str, Any]) -> str:
+    return point["malloc"] if point.get("tf32") is None else "TF32" if point["tf32"] else "no TF32"
+
+
 def row(point: dict[str, Any]) -> str:
     low, high = (f"{1e3 * seconds:,.1f}" for seconds in point["quartiles"])
-    text = f"{point['network']:<13}{point['steps']:>3}{point['batch']:>6}{point['width']:>6g}  {point['malloc']:<8} "
+    text = f"{point['network']:<13}{point['steps']:>3}{point['batch']:>6}{point['width']:>6g}  {setting(point):<8} "
     text += f"{point['label']:<26}{1e3 * point['median']:>10,.1f}  {f'{low}-{high}':<20}{point['ratio']:>6.2f} x"
     memory = "not known" if point["peak"] is None else f"{point['peak'] / 2**20:,.0f}"
     share = f"{point['neurons_share']:.0%}" if "neurons_share" in point else ""
@@ -464,7 +486,7 @@ def row(point: dict[str, Any]) -> str:
 
 
 HEADER = (
-    f"{'network':<13}{'T':>3}{'batch':>6}{'width':>6}  {'malloc':<8} {'':<26}{'ms':>10}  {'25-75 %':<20}{'of ours':>8}"
+    f"{'network':<13}{'T':>3}{'batch':>6}{'width':>6}  {'setting':<8} {'':<26}{'ms':>10}  {'25-75 %':<20}{'of ours':>8}"
     f"{'neurons':>9}{'peak MiB':>11}{'samples/s':>11}{'differ':>9}{'s/epoch':>11}"
 )
 
@@ -497,7 +519,8 @@ def picture(points: list[dict[str, Any]], machine: dict[str, Any]) -> Figure:
     for (times, memory), network in zip(grid.T, networks, strict=True):
         shown = [p for p in points if p["network"] == network]
         first = shown[0]
-        labels = [p["label"] + ("" if p["malloc"] != "keep" else "\nmalloc keeps memory") for p in shown]
+        words = {"keep": "\nmalloc keeps memory", "TF32": "\nTF32", "no TF32": "\nno TF32"}
+        labels = [p["label"] + words.get(setting(p), "") for p in shown]
         for y, p in enumerate(shown):
             rest, colour = 1e3 * (1 - p["neurons_share"]) * p["median"], COLOURS[p["name"]]
             times.barh(y, rest, color="lightgray", label="the rest" if y == 0 else None)
@@ -595,6 +618,7 @@ def main() -> None:
     add("--steps", type=harness.positive(int), metavar="T", help="in place of the network's")
     add("--batch", type=harness.positive(int), help="in place of the network's")
     add("--malloc", nargs="+", choices=MALLOC, help="default: both on Linux's CPU, in a study keep; elsewhere default")
+    add("--tf32", nargs="+", choices=("on", "off"), help="on a GPU; default: both, in a study on")
     args = parser.parse_args()
     if args.study == "speed" and not SPEED.keys() >= set(args.networks or ()):
         parser.error(f"--networks: --study speed has {', '.join(SPEED)}")
@@ -603,8 +627,15 @@ def main() -> None:
     if args.study and len(args.malloc or ()) > 1:
         parser.error("--malloc: a study has one setting")
     device = harness.prepare(parser, args)
+    if args.tf32 and device.type != "cuda":
+        parser.error("--tf32 is for a GPU")
     on_linux_cpu = device.type == "cpu" and sys.platform == "linux"
     modes = args.malloc or ((["keep"] if args.study else list(MALLOC)) if on_linux_cpu else ["default"])
+    tf32_modes = [None]
+    if device.type == "cuda":
+        tf32_modes = [text == "on" for text in args.tf32 or (["on"] if args.study else ["on", "off"])]
+    # On a GPU nothing depends on malloc, and torch's allocator counts the peak: one process is enough.
+    apart = harness.in_fresh_process if device.type == "cpu" else lambda function, *of: function(*of)
     wanted = args.contestants or (["ours", "loop"] if args.study else list(CONTESTANTS))
     problems = {name: why for name in wanted if (why := problem(name))}
     for name, why in problems.items():
@@ -630,16 +661,16 @@ def main() -> None:
     name_of_result = "-".join(filter(None, ("train_step", args.study, device.type, "quick" if args.quick else "")))
     points = harness.Points(args.out, name_of_result, machine)
     print(HEADER)
-    with tqdm(total=len(tasks) * len(modes), disable=None) as bar:
+    with tqdm(total=len(tasks) * len(modes) * len(tf32_modes), disable=None) as bar:
         for (network_name, network), grows in tasks.items():
             # Channels last are something for images.
             able = [name for name in names if name != "ours-channels-last" or len(network.input) == 3]
-            for mode in modes:
+            for mode, tf32 in itertools.product(modes, tf32_modes):
                 bar.set_description(f"{network_name}, malloc {mode}")
                 with environment(MALLOC[mode]):
                     shared = (args.device, torch.get_num_threads())
-                    times = harness.in_fresh_process(time_all, network, able, bool(args.study), args.seconds, *shared)
-                    peaks = {name: harness.in_fresh_process(peak, network, name, *shared) for name in able}
+                    times = apart(time_all, network, able, bool(args.study), args.seconds, *shared, tf32)
+                    peaks = {name: apart(peak, network, name, *shared) for name in able}
                 fastest = min(times[name]["median"] for name in OURS if name in times)
                 for name in able:
                     point = {
@@ -649,6 +680,7 @@ def main() -> None:
                         "batch": network.batch,
                         "width": network.width,
                         "malloc": mode,
+                        "tf32": tf32,
                         "name": name,
                         "label": CONTESTANTS[name][0],
                         "ratio": times[name]["median"] / fastest,

@@ -53,7 +53,7 @@ def result(done: subprocess.CompletedProcess[str], folder: Path, name: str, *pic
 @pytest.mark.parametrize("name", rivals.RIVALS)
 def test_rival_computes_the_same(name: str, dtype: torch.dtype, device: str) -> None:
     rival = rivals.RIVALS[name]
-    if problem := rival.problem(torch.device(device)):
+    if problem := rival.problem(torch.device(device), dtype):
         pytest.skip(problem)
     if name == "compile" and dtype != torch.float32:
         pytest.skip("compiling takes long; bench/speed.py checks it in every dtype")
@@ -81,6 +81,15 @@ def test_check_sees_what_is_wrong() -> None:
     )
     with pytest.raises(AssertionError, match=r"'spikes': 0, 'gradients': \d+"):
         rivals.check(rivals.RIVALS["ours"], detached, x, grad)
+
+
+@pytest.mark.skipif("spikingjelly" not in INSTALLED, reason="no SpikingJelly")
+@pytest.mark.parametrize("name", ["spikingjelly-native", "spikingjelly-triton"])
+def test_who_refuses_float64_is_left_out(name: str) -> None:
+    gpu = torch.device("cuda")
+    assert rivals.RIVALS[name].problem(gpu, torch.float64) == "its kernels refuse float64"
+    assert rivals.RIVALS[name].problem(gpu, torch.bfloat16) is None
+    assert rivals.RIVALS["spikingjelly"].problem(gpu, torch.float64) is None
 
 
 def test_measure_takes_turns_within_bounds() -> None:
@@ -253,7 +262,34 @@ def test_train_step(tmp_path: Path) -> None:
         assert point["different"]["rates"] <= train_step.RATES_MAY_DIFFER
         assert point["samples_per_second"] == pytest.approx(4 / point["median"])
         assert point["peak"] is None or point["peak"] > 0
+        assert point["tf32"] is None  # there is none on a CPU
     assert len(written["targets"]) == len({"loop", "spikingjelly"} & names)
+
+
+def test_contestants_are_compared_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And timed as asked; afterwards all is as before."""
+
+    def precisions() -> list[str]:
+        return [backend.fp32_precision for backend in train_step.TF32_BACKENDS]
+
+    seen: dict[str, list[str]] = {}
+
+    def results(*of: object) -> tuple[torch.Tensor, torch.Tensor]:
+        seen["compared"] = precisions()
+        return torch.ones(2), torch.ones(2)
+
+    def measure(runs: dict[str, object], *of: object) -> dict[str, dict[str, float]]:
+        seen["timed"] = precisions()
+        return {name: {"median": 1.0} for name in runs}
+
+    monkeypatch.setattr(train_step, "results", results)
+    monkeypatch.setattr(train_step.harness, "measure", measure)
+    network = dataclasses.replace(train_step.NETWORKS["mlp"], steps=2, batch=2)
+    before = precisions()
+    for tf32, precision in (True, "tf32"), (False, "ieee"):
+        train_step.time_all(network, ["ours"], False, 0.0, "cpu", torch.get_num_threads(), tf32)
+        assert seen == {"compared": ["ieee", "ieee"], "timed": [precision, precision]}
+        assert precisions() == before
 
 
 @pytest.mark.parametrize("network", train_step.NETWORKS)
@@ -385,6 +421,7 @@ def test_the_pages_hold_the_figures_of_the_results() -> None:
         ("overhead.py", ["--neurons", "0"], "--neurons: must be a positive number, got '0'"),
         ("kernels.py", ["--dtypes", "int8"], "int8"),
         ("train_step.py", ["--networks", "resnet"], "resnet"),
+        ("train_step.py", ["--device", "cpu", "--tf32", "on"], "--tf32 is for a GPU"),
         ("train_step.py", ["--batch", "-1"], "--batch: must be a positive number, got '-1'"),
         ("train_step.py", ["--study", "speed", "--networks", "mlp"], "--study speed has nmnist-s, "),
         ("train_step.py", ["--study", "growth", "--networks", "mlp", "cifarnet"], "--study growth has one network"),
