@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -194,9 +195,9 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int | None:
 
     On a GPU these are the bytes of torch's allocator, as it counts them. On the CPU it is the growth of the process as
     the kernel sees it (Linux only), which holds for any allocator, but knows pages, not tensors, and counts within some
-    hundred kilobytes: make the tensors large. Call it in a fresh process (:func:`in_fresh_process`), where nothing that
-    was used before lies ready to be used again, after the step ran on small tensors, so that what is loaded or started
-    only once is not counted.
+    hundred kilobytes: make the tensors large. Call it in a process of its own (:func:`in_fork`,
+    :func:`in_fresh_process`), where nothing that was used before lies ready to be used again, after the step ran on
+    small tensors, so that what is loaded or started only once is not counted.
     """
     release_free_memory()
     before = memory_in_use(device)
@@ -218,6 +219,21 @@ def in_fresh_process(function: Callable[..., Result], *args: object) -> Result:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
         return executor.submit(function, *args).result()
+
+
+def in_fork(function: Callable[..., Result], *args: object) -> Result:
+    """``function(*args)`` in a copy of this process, which has imported everything; its result picklable. No copy finds
+    what another has freed. This process must not have computed anything in parallel before: a copy lacks the threads
+    for that, and would wait for them forever."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return in_fresh_process(function, *args)
+    with (
+        warnings.catch_warnings(),
+        concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool,
+    ):
+        # Python >= 3.12 warns of every thread; the only one here is OpenBLAS's, which knows of forks.
+        warnings.filterwarnings("ignore", ".*use of fork.*", DeprecationWarning)
+        return pool.submit(function, *args).result()
 
 
 @contextlib.contextmanager

@@ -239,9 +239,7 @@ def compiled() -> str:
         rows.append([f"{row['kernel']}, {row['dtype']}", *(str(row.get(key, "")) for key in parameters), *cells])
     local = max(row["local_bytes"] for row in result["kernels"])
     count = sum(row["compiled"] for row in result["kernels"])
-    text = (
-        f"nvcc {result['nvcc']}, {result['date'][:10]}: {count} kernels, the worst with {local} bytes spilled or "
-    )
+    text = f"nvcc {result['nvcc']}, {result['date'][:10]}: {count} kernels, the worst with {local} bytes spilled or "
     text += "on a stack.\n\n"
     return text + table(["registers / warps", *parameters, *(f"sm_{key}" for key in architectures)], rows)
 
