@@ -3,9 +3,10 @@
     python bench/overhead.py            on the GPU if there is one
     python bench/overhead.py --help     everything else
 
-Times, in the same run: ``x * 2``, which has the cost of any differentiable operation; the layer; each of its parts,
-from the operator up; other ways to write the autograd function; and the rivals. On a GPU the kernels run on while the
-host goes ahead, and the clock is the host's. Prints a table, writes overhead-<device>.json and .png.
+Times, in the same run: ``x * 2``, which has the cost of any differentiable operation; the same as an autograd.Function,
+of which the layer should take at most 1.5 times as long; the layer; each of its parts, from the operator up; other ways
+to write the autograd function; and the rivals. On a GPU the kernels run on while the host goes ahead, and the clock is
+the host's. Prints a table, writes overhead-<device>.json and .png.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 import stbp_cuda
 from stbp_cuda import functional, ops
 
-TARGET = 60e-6  # seconds of forward and backward, beside the kernels
+BASE, MOST = "x * 2 as an autograd.Function", 1.5  # the layer may take so many times as long
 LEFT_OUT = ("ours", "compile")  # of the rivals: the layer has its own line, and a compiled function runs no Python
 
 
@@ -105,7 +106,7 @@ def contestants(steps: int, neurons: int, device: torch.device) -> dict[str, dic
     return {
         "forward and backward": {
             "x * 2": lambda: way(lambda x: x * 2),
-            "x * 2 as an autograd.Function": lambda: way(Times2.apply),
+            BASE: lambda: way(Times2.apply),
             "LIFLayer": lambda: way(layer),
             "its autograd.Function": lambda: way(
                 lambda x: ops.FusedLIF.apply(x, None, (steps, NEURON, False)),
@@ -143,8 +144,8 @@ def picture(times: dict[str, dict[str, Any]], machine: dict[str, Any], shape: st
     names = list(times)[::-1]
     bars = axis.barh(names, [times[name]["microseconds"] for name in names], color="tab:blue")
     axis.bar_label(bars, fmt="%.0f", padding=3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-    axis.axvline(1e6 * TARGET, color="black", linewidth=1, linestyle="--", zorder=0)
-    axis.set(xlabel=f"us of the host (dashed: the {1e6 * TARGET:.0f} that the layer may take)")
+    axis.axvline(MOST * times[BASE]["microseconds"], color="black", linewidth=1, linestyle="--", zorder=0)
+    axis.set(xlabel=f"us of the host (dashed: what the layer may take, {MOST:g} x that of {BASE})")
     axis.margins(x=0.1)
     axis.set_title(f"Forward and backward of {shape} neurons\n{harness.where(machine)}", fontsize="medium")
     return figure
@@ -171,10 +172,11 @@ def main() -> None:
             print(f"{name:<40}{value['microseconds']:>9.1f}   {low:.1f}-{high:.1f}")
     both = times["forward and backward"]
     # The kernels of so few neurons take well under a microsecond of this.
-    host = both["LIFLayer"]["median"]
-    print(f"\n{'met' if host <= TARGET else 'NOT MET':<9}at most {1e6 * TARGET:.0f} us on the host: {1e6 * host:.1f}")
+    ratio = both["LIFLayer"]["median"] / both[BASE]["median"]
+    target = {"ratio": ratio, "most": MOST, "met": ratio <= MOST}
+    print(f"\n{'met' if target['met'] else 'NOT MET':<9}at most {MOST:g} x {BASE}: {ratio:.2f} x")
     shape = f"{args.steps} x {args.neurons}"
-    result = {"machine": machine, "steps": args.steps, "neurons": args.neurons, "times": times, "target": TARGET}
+    result = {"machine": machine, "steps": args.steps, "neurons": args.neurons, "target": target, "times": times}
     harness.write_json(args.out / f"{name_of_result}.json", result)
     harness.save(picture(both, machine, shape), args.out / f"{name_of_result}.png")
     points.finish()

@@ -208,7 +208,13 @@ def overhead() -> str:
     for title, seen in result["times"].items():
         rows.append([f"*{title}*", ""])
         rows += [[name, f"{value['microseconds']:.1f}"] for name, value in seen.items()]
-    return about(result["machine"]) + table(["us of the host", ""], rows)
+    target = result["target"]
+    word = "met" if target["met"] else "**not met**"
+    text = (
+        f"- {word}: LIFLayer takes at most {target['most']:g} x as long as x * 2 as an autograd.Function, forward and "
+    )
+    text += f"backward: {target['ratio']:.2f} x\n"
+    return about(result["machine"]) + text + "\n" + table(["us of the host", ""], rows)
 
 
 def kernels() -> str:
