@@ -419,6 +419,20 @@ FIGURES: dict[str, Callable[[], str]] = {
 }
 
 
+def training(metrics: Path) -> str:
+    """How far a training run came that scripts/gpu_check.sh left; nothing where there is none."""
+    if not metrics.exists():
+        return ""
+    record = json.loads(metrics.read_text())
+    settings, data = record["settings"], record["data"]
+    text = f"\n## train\n\n{record['experiment']}: `{record['command']}`. {data['name']}, {data['extent']}.\n\n"
+    rows = []
+    for epoch in record["epochs"]:
+        accuracies = [f"{epoch[key]:.2%}" for key in ("test_accuracy", "train_accuracy")]
+        rows.append([f"{epoch['epoch']} of {settings['epochs']}", *accuracies, f"{epoch['train_seconds']:.1f}"])
+    return text + table(["epoch", "test accuracy", "training accuracy", "s to train"], rows)
+
+
 def summary(folder: Path) -> str:
     """All figures of a folder, after what scripts/gpu_check.sh says of its parts."""
     text = f"# {folder.name}\n"
@@ -428,9 +442,10 @@ def summary(folder: Path) -> str:
         text += "\n" + table(["part of scripts/gpu_check.sh", "", "s"], rows)
         for part, state, _ in rows:
             log = folder / f"{part}.log"
-            if state != "passed" and log.exists():
-                last = "\n".join(log.read_text().splitlines()[-40:])
+            if log.exists() and (state != "passed" or part in ("sanitizer", "kernels")):
+                last = "\n".join(log.read_text().splitlines()[-80 if state == "passed" else -40 :])
                 text += f"\n## {part}, {state}: the end of {log.name}\n\n```\n{last}\n```\n"
+    text += training(folder / "train" / "metrics.json")
     for unfinished in sorted(folder.glob("*.unfinished.json")):
         count = len(json.loads(unfinished.read_text())["points"])
         text += f"\n[{unfinished.name}]({unfinished.name}) has the {count} points that were measured before the end.\n"

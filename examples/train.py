@@ -108,9 +108,9 @@ def check(settings: Settings, parser: argparse.ArgumentParser) -> None:
 
 def list_experiments(name: str | None) -> None:
     if name is None:
-        print(f"{'experiment':28} {'reported accuracy, %':36} what")
+        print(f"{'experiment':34} {'reported accuracy, %':36} what")
         for key, experiment in EXPERIMENTS.items():
-            print(f"{key:28} {experiment.reported:36} {experiment.title}")
+            print(f"{key:34} {experiment.reported:36} {experiment.title}")
         return
     experiment = EXPERIMENTS[name]
     print(f"{name}: {experiment.title}; reported: {experiment.reported or 'nothing'}\n")

@@ -1,26 +1,41 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one command: builds for this GPU alone, runs the tests on it and a few of them under
-# compute-sanitizer, measures, and writes what it found to bench/results/GPU/, summary.md first of all. Needs no network.
+# Everything that wants a GPU, in one command: builds for this GPU alone, runs the tests and the sanitizers on it,
+# measures, and writes what it found to bench/results/GPU/, summary.md first of all, and all of that to
+# bench/results/GPU.tar.gz. Needs no network.
 #
-#   scripts/gpu_check.sh                    in under nine minutes
+#   scripts/gpu_check.sh                    in at most eight minutes
 #   scripts/gpu_check.sh --minutes 20       of longer patience
-#   scripts/gpu_check.sh --skip tests,speed without these parts: build tests sanitizer speed memory overhead train_step
-#                                           speed_study growth_study neunorm
-#   scripts/gpu_check.sh --rivals FOLDER    installs rivals from their wheels there, for this run alone
+#   scripts/gpu_check.sh --skip tests,speed without these parts: build tests sanitizer kernels speed overhead neunorm
+#                                           train_step memory
+#   scripts/gpu_check.sh --train 6          also trains CIFARNet on CIFAR-10, for at most six minutes more
+#   scripts/gpu_check.sh --data FOLDER      where examples/train.py finds CIFAR-10; default: data
+#   scripts/gpu_check.sh --rivals FOLDER    with the rivals from there: wheels, installed for this run alone, or packages
 #   scripts/gpu_check.sh --device cpu       a rehearsal where there is no GPU
 #
 # A part that fails or runs out of time ends neither the others nor what it has written. Exits with 1 if any failed.
+#
+# SpikingJelly's native LIF must be compiled for the very torch of this machine. With that torch, nvcc and a network:
+#
+#   pip download --no-deps --no-binary :all: spikingjelly==2.0.0
+#   export SJ_BUILD_NATIVE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0  # for an H100 or H200
+#   export CPATH=$(python -c 'import nvidia; print(nvidia.__path__[0])')/cu13/include  # where pip brought CUDA
+#   pip wheel --no-deps --no-build-isolation -w FOLDER spikingjelly-2.0.0.tar.gz
+#   pip download --no-deps -d FOLDER loguru
+#
+# Of its native sources ops/lif/native.cu alone is enough here; the others take longer.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-minutes=9 skip=, rivals= device=cuda
+minutes=8 train=0 data=data skip=, rivals= device=cuda
 usage() { sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "${BASH_SOURCE[0]}"; }
 while (($#)); do
   case $1 in
-    --minutes | --skip | --rivals | --device)
+    --minutes | --train | --data | --skip | --rivals | --device)
       [[ $# -gt 1 ]] || { echo "$1 wants a value" >&2; exit 2; }
       case $1 in
         --minutes) minutes=$2 ;;
+        --train) train=$2 ;;
+        --data) data=$2 ;;
         --skip) skip=,$2, ;;
         --rivals) rivals=$2 ;;
         --device) device=$2 ;;
@@ -32,13 +47,15 @@ while (($#)); do
   esac
 done
 [[ $minutes =~ ^[0-9]+$ && $minutes -gt 0 ]] || { echo "--minutes must be a positive integer, got $minutes" >&2; exit 2; }
+[[ $train =~ ^[0-9]+$ ]] || { echo "--train must be a number of minutes, got $train" >&2; exit 2; }
 [[ $device == cuda || $device == cpu ]] || { echo "--device must be cuda or cpu, got $device" >&2; exit 2; }
-[[ $device == cuda ]] || skip+=sanitizer,
-parts="build tests sanitizer speed memory overhead train_step speed_study growth_study neunorm"
+parts="build tests sanitizer kernels speed overhead neunorm train_step memory"
 for part in ${skip//,/ }; do
   [[ " $parts " == *" $part "* ]] || { echo "--skip: there is no part $part, but $parts" >&2; exit 2; }
 done
+[[ $device == cuda ]] || skip+=kernels,  # which are CUDA
 [[ -z $rivals || -d $rivals ]] || { echo "--rivals: $rivals is no folder" >&2; exit 2; }
+((train == 0)) || [[ -d $data ]] || { echo "--data: $data is no folder" >&2; exit 2; }
 
 # What the machine lacks, all of it at once; the GPU's name and architecture; what only the examples want and is missing.
 machine=$(python - "$device" <<'PYTHON'
@@ -63,7 +80,8 @@ print(name, architecture, ", ".join(name for name in missing if name in of_examp
 PYTHON
 ) || exit 2
 { read -r name; read -r TORCH_CUDA_ARCH_LIST; read -r no_examples; mapfile -t lacks; } <<<"$machine"
-if [[ $device == cuda && ! -x ${CUDA_HOME:-/nowhere}/bin/nvcc ]]; then
+export PATH=$PATH${CUDA_HOME:+:$CUDA_HOME/bin}:/usr/local/cuda/bin
+if [[ $device == cuda ]]; then
   command -v nvcc >/dev/null || lacks+=("nvcc, on PATH or in CUDA_HOME")
 fi
 if ((${#lacks[@]})); then
@@ -78,28 +96,26 @@ else
 fi
 out=bench/results/$(tr -c '[:alnum:]\n' - <<<"$name")
 mkdir -p "$out"
-rm -f "$out"/*.log "$out"/*.unfinished.json "$out/parts.tsv"
+rm -rf "$out"/*.log "$out"/*.unfinished.json "$out/parts.tsv" "$out/train"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-if [[ $rivals ]]; then
-  python -m pip install --quiet --no-index --no-deps --target "$work" --find-links "$rivals" "$rivals"/*.whl
-  PYTHONPATH=$PYTHONPATH:$work
+if compgen -G "$rivals/*.whl" >/dev/null; then
+  python -m pip install --quiet --no-index --no-deps --target "$work/rivals" --find-links "$rivals" "$rivals"/*.whl
+  PYTHONPATH=$PYTHONPATH:$work/rivals
+elif [[ $rivals ]]; then
+  PYTHONPATH=$PYTHONPATH:$(realpath "$rivals")
 fi
 
 failed=0
 # How the time is shared out: what a part leaves of its own goes to those after it.
-declare -A weights=([build]=120 [tests]=150 [sanitizer]=60 [speed]=75 [memory]=60 [overhead]=10 [train_step]=60
-  [speed_study]=30 [growth_study]=30 [neunorm]=15)
+declare -A weights=([build]=90 [tests]=110 [sanitizer]=40 [kernels]=70 [speed]=60 [overhead]=12 [neunorm]=20
+  [train_step]=50 [memory]=28)
 for part in ${skip//,/ }; do unset "weights[$part]"; done
-# part NAME COMMAND...: run it for its share of the time that is left.
-part() {
-  local name=$1 start=$SECONDS left=$((60 * minutes - SECONDS)) weight all=0 limit state
-  shift
-  [[ -v weights[$name] ]] || return 0
-  for weight in "${weights[@]}"; do ((all += weight)); done
-  ((limit = left * weights[$name] / all))
-  unset "weights[$name]"
+# run NAME SECONDS COMMAND...: run it for at most so many seconds, and note how it went.
+run() {
+  local name=$1 limit=$2 start=$SECONDS state
+  shift 2
   if ((limit > 1)); then
     printf '\n=== %s (%s s, at most %s s)\n' "$name" "$SECONDS" "$limit"
     timeout --kill-after 10 --signal INT "$limit" "$@" 2>&1 | tee -a "$out/$name.log" | tail -n 25
@@ -114,6 +130,16 @@ part() {
   [[ $state == passed ]] || failed=1
   printf '%s\t%s\t%s\n' "$name" "$state" $((SECONDS - start)) | tee -a "$out/parts.tsv"
 }
+# part NAME COMMAND...: run it for its share of the time that is left.
+part() {
+  local name=$1 left=$((60 * minutes - SECONDS)) weight all=0 limit
+  shift
+  [[ -v weights[$name] ]] || return 0
+  for weight in "${weights[@]}"; do ((all += weight)); done
+  ((limit = left * weights[$name] / all))
+  unset "weights[$name]"
+  run "$name" "$limit" "$@"
+}
 
 # The tests on the GPU first, which no other machine runs.
 tests() {
@@ -124,43 +150,63 @@ tests() {
     echo "left out: the tests of examples/, for want of $no_examples"
     for name in data examples trainer; do options+=(--ignore "tests/test_$name.py"); done
   fi
-  ! python -c 'import xdist' 2>/dev/null || options+=(-n 4)
+  ! python -c 'import xdist' 2>/dev/null || options+=(-n "$(nproc)")
   for selection in cuda 'not cuda'; do
     python -m pytest "${options[@]}" -m "$selection" || status=$?
     ((status != 2)) || break  # cut short
   done
   return "$status"
 }
-export -f tests
-export no_examples
 
-sanitize() {
-  command -v compute-sanitizer >/dev/null || { echo "there is no compute-sanitizer on PATH"; return 1; }
-  local tool
-  for tool in memcheck racecheck initcheck; do
+sanitizer() {
+  if [[ $device == cpu ]]; then
+    python scripts/sanitize.py --device cpu
+    return
+  fi
+  command -v compute-sanitizer >/dev/null || { echo "there is no compute-sanitizer on PATH or in CUDA_HOME"; return 1; }
+  local tool status=0
+  for tool in memcheck racecheck initcheck synccheck; do
+    echo "$tool"
     # Without torch's own allocator, which hides the ends of tensors.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 STBP_CUDA_HYPOTHESIS=quick compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      --target-processes all python -m pytest -q -p no:cacheprovider tests/test_lif.py tests/test_neunorm.py \
-      -k 'cuda and agrees and float32 and rectangular' || return 1
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      python scripts/sanitize.py || status=1
   done
+  return "$status"
 }
-export -f sanitize
+
+kernels() {
+  nvcc -std=c++17 -O3 -arch=native -fmad=false -o "$work/kernels" bench/kernels.cu &&
+    "$work/kernels" "$out/cuda_kernels.json"
+}
 
 bench() { local script=$1; shift; python "bench/$script.py" --device "$device" --out "$out" "$@"; }
-export -f bench
-export device out
+
+train() {
+  local status=0 options=()
+  [[ $device == cuda ]] || options=(--network '8C3(Enc)-8C3-AP2-20FC-Voting' --train-samples 2000 --test-samples 500
+    --epochs 2 --precision fp32)
+  python examples/train.py cifar10-cifarnet-ours --data-dir "$data" --cache-dir "$work/cache" --device "$device" \
+    --run-dir "$work/train" "${options[@]}" || status=$?
+  # All but the weights.
+  mkdir -p "$out/train"
+  find "$work/train" -maxdepth 1 \( -name '*.md' -o -name '*.png' -o -name 'metrics.*' \) -exec cp {} "$out/train" \;
+  return "$status"
+}
+export -f tests sanitizer kernels bench train
+export no_examples device out work data
 
 # The package's metadata, too, which an installed package has.
 part build python setup.py --quiet egg_info build_ext --inplace
 part tests bash -c tests
-part sanitizer bash -c sanitize
+part sanitizer bash -c sanitizer
+part kernels bash -c kernels
 part speed bash -c 'bench speed --quick --dtypes float32 bfloat16'
-part memory bash -c 'bench memory --quick'
 part overhead bash -c 'bench overhead --quick'
-part train_step bash -c 'bench train_step --quick'
-part speed_study bash -c 'bench train_step --quick --study speed'
-part growth_study bash -c 'bench train_step --quick --study growth'
 part neunorm bash -c 'bench neunorm --quick'
-python bench/report.py --summary "$out"
-printf '\n%s s in all\n' "$SECONDS"
+part train_step bash -c 'bench train_step --quick'
+part memory bash -c 'bench memory --quick'
+((train == 0)) || run train $((60 * train)) bash -c train
+python bench/report.py --summary "$out" || failed=1
+tar -czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")" || failed=1
+printf '%s\n\n%s s in all\n' "$out.tar.gz" "$SECONDS"
 exit "$failed"

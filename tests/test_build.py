@@ -92,6 +92,8 @@ def test_the_binary_needs_only_stable_symbols(tmp_path: Path) -> None:
         (["--minutes", "0"], "--minutes must be a positive integer, got 0"),
         (["--device", "tpu"], "--device must be cuda or cpu, got tpu"),
         (["--rivals", "nowhere"], "--rivals: nowhere is no folder"),
+        (["--train", "soon"], "--train must be a number of minutes, got soon"),
+        (["--train", "1", "--data", "nowhere"], "--data: nowhere is no folder"),
         (["--quick"], "unknown option --quick"),
     ],
 )
@@ -101,6 +103,13 @@ def test_gpu_check_says_what_is_wrong(options: list[str], message: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_what_the_sanitizers_look_on_runs() -> None:
+    command = [sys.executable, "-W", "error", str(ROOT / "scripts" / "sanitize.py"), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\d+ forward and backward passes\n", done.stdout)
 
 
 def test_the_binary_is_small() -> None:
