@@ -51,7 +51,7 @@ from stbp_cuda.surrogate import Rectangular
 # Freed memory is neither given back nor mapped anew: the page faults of fresh tensors cost as much as the convolutions.
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 MALLOC = {"default": {}, "keep": KEEP}
-TF32_BACKENDS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+TF32_BACKENDS = (torch.backends.cuda.matmul, torch.backends.cudnn)
 RATES_MAY_DIFFER, GRADIENTS_MAY_DIFFER = 0.02, 0.05  # of all rates; of the gradient, in the 2-norm
 FEWEST_CHECKED = 20  # samples in a study: of the rates of two, a single spike is 5 %
 TARGETS = {("mnist-cnn", "loop"): 1.5, ("mnist-cnn", "spikingjelly"): 2.0}  # with malloc told to keep its memory
@@ -404,14 +404,15 @@ def check(name: str, found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tenso
 
 @contextlib.contextmanager
 def allow_tf32(allowed: bool) -> Iterator[None]:
-    before = [backend.fp32_precision for backend in TF32_BACKENDS]
+    """In convolutions and linear layers. Not by ``fp32_precision``: others could not read ``allow_tf32`` then."""
+    before = [backend.allow_tf32 for backend in TF32_BACKENDS]
     try:
         for backend in TF32_BACKENDS:
-            backend.fp32_precision = "tf32" if allowed else "ieee"
+            backend.allow_tf32 = allowed
         yield
     finally:
-        for backend, precision in zip(TF32_BACKENDS, before, strict=True):
-            backend.fp32_precision = precision
+        for backend, was_allowed in zip(TF32_BACKENDS, before, strict=True):
+            backend.allow_tf32 = was_allowed
 
 
 def time_all(

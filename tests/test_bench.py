@@ -274,27 +274,27 @@ def test_train_step(tmp_path: Path) -> None:
 def test_contestants_are_compared_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     """And timed as asked; afterwards all is as before."""
 
-    def precisions() -> list[str]:
-        return [backend.fp32_precision for backend in train_step.TF32_BACKENDS]
+    def allowed() -> list[bool]:
+        return [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
 
-    seen: dict[str, list[str]] = {}
+    seen: dict[str, list[bool]] = {}
 
     def results(*of: object) -> tuple[torch.Tensor, torch.Tensor]:
-        seen["compared"] = precisions()
+        seen["compared"] = allowed()
         return torch.ones(2), torch.ones(2)
 
     def measure(runs: dict[str, object], *of: object) -> dict[str, dict[str, float]]:
-        seen["timed"] = precisions()
+        seen["timed"] = allowed()
         return {name: {"median": 1.0} for name in runs}
 
     monkeypatch.setattr(train_step, "results", results)
     monkeypatch.setattr(train_step.harness, "measure", measure)
     network = dataclasses.replace(train_step.NETWORKS["mlp"], steps=2, batch=2)
-    before = precisions()
-    for tf32, precision in (True, "tf32"), (False, "ieee"):
+    before = allowed()
+    for tf32 in True, False:
         train_step.time_all(network, ["ours"], False, 0.0, "cpu", torch.get_num_threads(), tf32)
-        assert seen == {"compared": ["ieee", "ieee"], "timed": [precision, precision]}
-        assert precisions() == before
+        assert seen == {"compared": [False, False], "timed": [tf32, tf32]}
+        assert allowed() == before
 
 
 @pytest.mark.parametrize("network", train_step.NETWORKS)
