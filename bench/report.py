@@ -237,7 +237,8 @@ def kernels() -> str:
 
 def compiled() -> str:
     result = load("compiled")
-    parameters = [key for key in ("rows", "width", "threads") if any(key in row for row in result["kernels"])]
+    others = ("kernel", "dtype", "compiled", "local_bytes", "registers", "warps")
+    parameters = list(dict.fromkeys(key for row in result["kernels"] for key in row if key not in others))
     architectures = sorted({key for row in result["kernels"] for key in row["registers"]}, key=int)
     rows = []
     for row in result["kernels"]:

@@ -183,6 +183,7 @@ bench() { local script=$1; shift; python "bench/$script.py" --device "$device" -
 
 train() {
   local status=0 options=()
+  trap : INT  # what a run that is cut short has left is copied, too
   [[ $device == cuda ]] || options=(--network '8C3(Enc)-8C3-AP2-20FC-Voting' --train-samples 2000 --test-samples 500
     --epochs 2 --precision fp32)
   python examples/train.py cifar10-cifarnet-ours --data-dir "$data" --cache-dir "$work/cache" --device "$device" \
