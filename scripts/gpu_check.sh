@@ -14,15 +14,15 @@
 #
 # A part that fails or runs out of time ends neither the others nor what it has written. Exits with 1 if any failed.
 #
-# SpikingJelly's native LIF must be compiled for the very torch of this machine. With that torch, nvcc and a network:
+# SpikingJelly's native LIF must be compiled for the very torch of this machine. Where that torch, nvcc and a network are:
 #
-#   pip download --no-deps --no-binary :all: spikingjelly==2.0.0
+#   pip download --no-deps --no-build-isolation --no-binary :all: spikingjelly==2.0.0
+#   tar xf spikingjelly-2.0.0.tar.gz
+#   find spikingjelly-2.0.0/ops -name native.cu -not -path '*/lif/*' -delete  # other neurons, which take long
 #   export SJ_BUILD_NATIVE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0  # for an H100 or H200
-#   export CPATH=$(python -c 'import nvidia; print(nvidia.__path__[0])')/cu13/include  # where pip brought CUDA
-#   pip wheel --no-deps --no-build-isolation -w FOLDER spikingjelly-2.0.0.tar.gz
+#   export CPATH=$(python -c 'import nvidia; print(nvidia.__path__[0])')/cu13/include  # headers that pip brought
+#   pip wheel --no-deps --no-build-isolation -w FOLDER ./spikingjelly-2.0.0
 #   pip download --no-deps -d FOLDER loguru
-#
-# Of its native sources ops/lif/native.cu alone is enough here; the others take longer.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
