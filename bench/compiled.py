@@ -1,6 +1,7 @@
-"""What the compiler made of the CUDA kernels: registers, warps a multiprocessor, and bytes that left the registers.
+"""What the compiler made of the CUDA kernels: registers, warps a multiprocessor, and bytes that left the registers; and
+how many instructions the LIF kernels take a neuron and step.
 
-    python bench/compiled.py            every number type for the architectures of the table: some two minutes
+    python bench/compiled.py            every number type for the architectures of the table: some three minutes
     python bench/compiled.py --help     everything else
 
 Compiles the kernels as setup.py does, and reads what ptxas and cuobjdump say of them. Needs nvcc and cuobjdump, and no
@@ -28,12 +29,24 @@ from typing import Any
 
 import harness
 
+from stbp_cuda.surrogate import SURROGATES
+
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "tests" / "cuda_stand_in" / "instantiate.cu"
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
 SCALARS = {"float32": ("float", 4), "bfloat16": ("BFloat16", 2), "float16": ("Half", 2), "float64": ("double", 8)}
-# What the integers mean that come first among a kernel's template arguments, by the first part of its name.
-PARAMETERS = {"lif": ("width",), "neunorm": ("threads",)}
+# What the integers mean that come first among a kernel's template arguments.
+PARAMETERS = {
+    "lif_forward": ("width",),
+    "lif_backward": ("width",),
+    "lif_forward_rows": ("rows", "width"),
+    "lif_backward_rows": ("rows", "width"),
+    "neunorm_forward": ("threads",),
+    "neunorm_backward": ("threads",),
+}
+COUNTED = "90"  # the architecture whose instructions are counted
+# Rows that the kernels for any T load at once.
+AT_ONCE = int(re.findall(r"kAtOnce = (\d+)", (ROOT / "csrc" / "cuda" / "launch.h").read_text())[0])
 
 WARP, REGISTERS = 32, 65536  # threads of a warp; registers of a multiprocessor, on every architecture of the table
 # Threads, blocks and KB of shared memory of a multiprocessor, from the table of compute capabilities in CUDA's
@@ -62,6 +75,7 @@ class Kernel:
     local: int  # bytes of a stack frame, and spilled bytes, stored and loaded
     loads: dict[int, int]  # of global memory: how many instructions, by the bytes of one
     stores: dict[int, int]
+    instructions: float | None = None  # a neuron and step, of LIF kernels with one surrogate
 
     @property
     def blocks(self) -> int:
@@ -77,6 +91,13 @@ class Kernel:
     @property
     def warps(self) -> int:
         return self.blocks * self.threads // WARP
+
+    @property
+    def under_way(self) -> int:
+        """Bytes of rows that the warps of a multiprocessor ask for at once: of x, and backward also of a gradient, or
+        of x of a whole chunk."""
+        rows = self.parameters.get("rows", AT_ONCE) * (1 if "forward" in self.name else 2)
+        return self.warps * WARP * rows * self.parameters["width"] * SCALARS[self.scalar][1]
 
 
 def find_tools() -> tuple[Path, Path, Path]:
@@ -130,7 +151,7 @@ def parse(signature: str) -> tuple[str, dict[str, int], str] | None:
         return None
     arguments = template_arguments(found[2].replace("true", "1").replace("false", "0"))
     values = [int(argument) for argument in itertools.takewhile(str.isdigit, arguments)]
-    names = PARAMETERS[found[1].partition("_")[0]]
+    names = PARAMETERS[found[1]]
     if len(names) != len(values):
         raise ValueError(f"PARAMETERS of bench/compiled.py has {names} for {signature}")
     return found[1], dict(zip(names, values, strict=True)), re.sub(r"\w+::", "", arguments[-1])
@@ -143,17 +164,39 @@ def memory_widths(code: str, kind: str) -> dict[int, int]:
     return dict(Counter(next((sizes[s] for s in suffixes.split(".") if s in sizes), 4) for suffixes in found))
 
 
+def instructions_of(code: str, rows: int | None) -> int:
+    """How many instructions a thread issues for a kernel with so many rows, or for a round of the outermost loop where
+    that is None: a half's loop, the inner one of the backward kernel, goes round twice in it."""
+    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)\s*(.*?);", code, re.MULTILINE)
+    addresses = [int(address, 16) for address, operation, _ in found if operation != "NOP"]
+    jumps = [(int(address, 16), rest) for address, operation, rest in found if operation == "BRA"]
+    targets = [(address, int(rest.split()[-1].strip("`()"), 16)) for address, rest in jumps]
+    loops = [(target, address) for address, target in targets if target < address]  # the last instruction, a trap, too
+    if rows is not None:
+        return len(addresses) - 1
+
+    def inside(loop: tuple[int, int]) -> int:
+        return sum(loop[0] <= address <= loop[1] for address in addresses)
+
+    outer = max(loops, key=inside)
+    inner = [loop for loop in loops if loop != outer and outer[0] <= loop[0] and loop[1] <= outer[1]]
+    return inside(outer) + max(map(inside, inner), default=0)
+
+
 def sections(text: str, heading: str) -> dict[str, str]:
     """A text by its headings: lines that start with a pattern and go on with a name."""
     parts = (part.partition("\n") for part in re.split(f"^{heading}", text, flags=re.MULTILINE)[1:])
     return {name.strip(): body for name, _, body in parts}
 
 
-def compiled(scalar: str, architecture: str, folder: Path) -> list[Kernel]:
-    """All kernels of a number type for one architecture, with what ptxas and cuobjdump say of them."""
+def compiled(scalar: str, architecture: str, folder: Path, surrogate: str = "") -> list[Kernel]:
+    """All kernels of a number type for one architecture, with what ptxas and cuobjdump say of them.
+
+    With one surrogate alone, whose name in C++ is given, the instructions of LIF kernels are counted, too."""
     nvcc, cuobjdump, demangler = find_tools()
-    cubin = folder / f"{scalar}-{architecture}.cubin"
+    cubin = folder / f"{scalar}-{architecture}{surrogate}.cubin"
     flags = [*SETUP["NVCC_FLAGS"].split(), "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
+    flags += [f"-DSTBP_SURROGATES={surrogate}"] if surrogate else []
     said = run(nvcc, *flags, f"-DSTBP_SCALAR={SCALARS[scalar][0]}", SOURCE, "-o", cubin)
     with_nvdisasm = ("env", f"PATH={cuobjdump.parent}:{os.environ['PATH']}", cuobjdump)
     code = sections(run(*with_nvdisasm, "-sass", cubin), r"\s*Function : ")
@@ -171,6 +214,9 @@ def compiled(scalar: str, architecture: str, folder: Path) -> list[Kernel]:
         if named is None:
             continue
         stack, stored, loaded, registers, shared = (int(number or 0) for number in numbers)
+        rows, width = named[1].get("rows"), named[1].get("width")
+        steps = rows or {"lif_forward": AT_ONCE, "lif_backward": 2 * AT_ONCE}.get(named[0])
+        issued = instructions_of(code[symbol], rows) / (steps * width) if surrogate and steps and width else None
         kernels.append(
             Kernel(
                 *named[:2],
@@ -183,6 +229,7 @@ def compiled(scalar: str, architecture: str, folder: Path) -> list[Kernel]:
                 local=stack + stored + loaded,
                 loads=memory_widths(code[symbol], "LDG"),
                 stores=memory_widths(code[symbol], "STG"),
+                instructions=issued,
             )
         )
     return kernels
@@ -217,9 +264,34 @@ def table(kernels: Iterable[Kernel]) -> list[dict[str, Any]]:
                 "local_bytes": max(kernel.local for kernel in same),
                 "registers": {name: max(k.registers for k in of) for name, of in by_architecture.items()},
                 "warps": {name: min(k.warps for k in of) for name, of in by_architecture.items()},
+                "bytes_under_way": {
+                    name: min(k.under_way for k in of)
+                    for name, of in by_architecture.items()
+                    if "width" in of[0].parameters
+                },
             }
         )
     return rows
+
+
+def counted(folder: Path) -> list[dict[str, Any]]:
+    """A row for each LIF kernel that moves packs, of the neuron that most people train: instructions a neuron and step,
+    for each surrogate compiled alone. Where one is chosen, the choice adds some five a row."""
+    pairs = [(scalar, surrogate) for scalar in ("float32", "bfloat16") for surrogate in SURROGATES.values()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        alone = list(pool.map(lambda pair: compiled(pair[0], COUNTED, folder, pair[1].__name__), pairs))
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for (scalar, surrogate), kernels in zip(pairs, alone, strict=True):
+        for kernel in kernels:
+            common = "CommonReset" in kernel.neuron or "forward" in kernel.name
+            if kernel.instructions is None or kernel.parameters["width"] == 1 or not common:
+                continue
+            key = (kernel.name, scalar, *kernel.parameters.values())
+            row = rows.setdefault(
+                key, {"kernel": kernel.name, "dtype": scalar, **kernel.parameters, "instructions": {}}
+            )
+            row["instructions"][surrogate.name] = round(kernel.instructions, 1)
+    return list(rows.values())
 
 
 def main() -> None:
@@ -235,15 +307,21 @@ def main() -> None:
         parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
         found = compile_all(itertools.product(args.dtypes, args.architectures), Path(folder))
+        instructions = counted(Path(folder))
     rows = table(itertools.chain.from_iterable(found.values()))
     print("registers / warps a multiprocessor, at worst")
     for row in rows:
-        parameters = " ".join(f"{name} {row[name]}" for name in PARAMETERS[row["kernel"].partition("_")[0]])
+        parameters = " ".join(f"{name} {row[name]}" for name in PARAMETERS[row["kernel"]])
         cells = "".join(f"{registers:>6} / {row['warps'][name]:<2}" for name, registers in row["registers"].items())
-        print(f"{row['kernel']:<17}{row['dtype']:<9}{parameters:<18}{cells}   local bytes: {row['local_bytes']}")
+        print(f"{row['kernel']:<19}{row['dtype']:<9}{parameters:<18}{cells}   local bytes: {row['local_bytes']}")
+    print(f"instructions a neuron and step on sm_{COUNTED}: {', '.join(SURROGATES)}")
+    for row in instructions:
+        parameters = " ".join(f"{name} {row[name]}" for name in PARAMETERS[row["kernel"]])
+        cells = "".join(f"{number:>7}" for number in row["instructions"].values())
+        print(f"{row['kernel']:<19}{row['dtype']:<9}{parameters:<18}{cells}")
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     args.out.mkdir(parents=True, exist_ok=True)
-    result = {"nvcc": SETUP["nvcc_version"](nvcc), "date": date, "kernels": rows}
+    result = {"nvcc": SETUP["nvcc_version"](nvcc), "date": date, "kernels": rows, "instructions": instructions}
     harness.write_json(args.out / "compiled-cuda.json", result)
 
 

@@ -237,7 +237,7 @@ def kernels() -> str:
 
 def compiled() -> str:
     result = load("compiled")
-    others = ("kernel", "dtype", "compiled", "local_bytes", "registers", "warps")
+    others = ("kernel", "dtype", "compiled", "local_bytes", "registers", "warps", "bytes_under_way")
     parameters = list(dict.fromkeys(key for row in result["kernels"] for key in row if key not in others))
     architectures = sorted({key for row in result["kernels"] for key in row["registers"]}, key=int)
     rows = []
@@ -249,6 +249,29 @@ def compiled() -> str:
     text = f"nvcc {result['nvcc']}, {result['date'][:10]}: {count} kernels, the worst with {local} bytes spilled or "
     text += "on a stack.\n\n"
     return text + table(["registers / warps", *parameters, *(f"sm_{key}" for key in architectures)], rows)
+
+
+def instructions() -> str:
+    """Of the LIF kernels that move packs, beside those of b287b56, which had one kernel for every T."""
+    result = load("compiled")
+    kernels = {(r["kernel"], r["dtype"], r.get("rows"), r["width"]): r for r in result["kernels"] if "width" in r}
+    before = {
+        (r["kernel"], r["dtype"]): r for r in json.loads((RESULTS / "compiled-b287b56.json").read_text())["points"]
+    }
+    rows = []
+    for row in result["instructions"]:
+        of = kernels[row["kernel"], row["dtype"], row.get("rows"), row["width"]]
+        old = before[row["kernel"].removesuffix("_rows"), row["dtype"]]
+        cells = [f"{old['registers']}, {of['registers']['90']}", f"{old['warps']}, {of['warps']['90']}"]
+        cells += [f"{old['bytes_under_way'] / 1024:.0f}, {of['bytes_under_way']['90'] / 1024:.0f}"]
+        found = (
+            row["instructions"] if "backward" in row["kernel"] else {"rectangular": row["instructions"]["rectangular"]}
+        )
+        cells += [f"{old['instructions'][name]:.0f}, {number:.0f}" for name, number in found.items()]
+        name = f"{row['kernel'].removesuffix('_rows')}, {row['dtype']}, {row['width']} neurons"
+        rows.append([name, f"T <= {row['rows']}" if "rows" in row else "any T", *cells])
+    names = list(result["instructions"][0]["instructions"])
+    return table(["before, now", "", "registers", "warps", "KB under way", *names], rows)
 
 
 H200 = "h200-b287b56"
@@ -413,7 +436,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     figure.__name__: figure
     for figure in (
         *(speed, speed_targets, train_step, train_step_targets, memory, overhead, kernels),
-        *(train_step_speed, train_step_growth, neunorm, neunorm_targets, compiled),
+        *(train_step_speed, train_step_growth, neunorm, neunorm_targets, compiled, instructions),
         *(h200_machine, h200_speed, h200_fused, h200_kernels, h200_variants, h200_train_step),
         *(h200_compiled_step, h200_neunorm, h200_host),
     )

@@ -94,9 +94,10 @@ struct Pack {
     return pack;
   }
 
+  // Written as the instruction: nvcc splits some assignments into words of 4 bytes.
   __device__ __forceinline__ void store(T* to) const {
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) reinterpret_cast<WordType*>(to)[w] = words[w];
+    for (int w = 0; w < kWords; ++w) __stwb(reinterpret_cast<WordType*>(to) + w, words[w]);
   }
   // Not read again for long: to leave the caches first.
   __device__ __forceinline__ void store_away(T* to) const {

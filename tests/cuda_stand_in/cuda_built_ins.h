@@ -48,6 +48,10 @@ T __ldcs(const T* from) {
   return __ldg(from);
 }
 template <class T>
-void __stcs(T* to, T value) {
+void __stwb(T* to, T value) {
   *to = value;
+}
+template <class T>
+void __stcs(T* to, T value) {
+  __stwb(to, value);
 }
