@@ -22,15 +22,20 @@
 
 namespace stbp {
 
+template <class Io>
+STBP_FN double neunorm_share(const Io& io) {
+  return 1 / (io.squared ? double(io.features) * double(io.features) : double(io.features));
+}
+
 template <class State>
 struct NeuNormConstants {
   State decay, share, gain;
 
   template <class Io>
-  STBP_FN explicit NeuNormConstants(const Io& io)
-      : decay(io.decays ? io.decays[1] : io.norm_decay),
-        share(State(1 / (io.squared ? double(io.features) * double(io.features) : double(io.features)))),
-        gain((State(1) - decay) * share) {}
+  STBP_FN explicit NeuNormConstants(const Io& io) : NeuNormConstants(io, State(neunorm_share(io))) {}
+  template <class Io>
+  STBP_FN NeuNormConstants(const Io& io, State share_)
+      : decay(io.decays ? io.decays[1] : io.norm_decay), share(share_), gain((State(1) - decay) * share) {}
 };
 
 // Where the neurons of position `first` of a sample lie.

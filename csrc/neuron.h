@@ -218,6 +218,15 @@ struct Lif {
   STBP_FN V step_back(V u, V grad_spike, V& grad_v) const {
     return step_back(u, surrogate.derivative(u - c.v_threshold), grad_spike, grad_v);
   }
+  // The same from the surrogate's derivative at u[t] - v_threshold.
+  template <class V>
+  STBP_FN V step_back(V u, V derivative, V grad_spike, V& grad_v) const {
+    const V total = Reset::grad_spike(c, u, grad_spike, grad_v);
+    const auto fired = Firing::fire(c, surrogate, u);
+    const V grad_u = total * derivative + Reset::grad_potential(Firing(), c, fired, grad_v);
+    grad_v = Reset::leak(c, grad_u);
+    return grad_u;
+  }
 
   // The same for neighbouring neurons, whose surrogate is chosen once.
   template <class V, int kCount, class GradSpike>
@@ -227,16 +236,6 @@ struct Lif {
     for (int i = 0; i < kCount; ++i) s[i] = u[i] - c.v_threshold;
     derivatives(surrogate, s, h);
     for (int i = 0; i < kCount; ++i) grad_u[i] = step_back(u[i], h[i], grad_spike(i), grad_v[i]);
-  }
-
- private:
-  template <class V>
-  STBP_FN V step_back(V u, V derivative, V grad_spike, V& grad_v) const {
-    const V total = Reset::grad_spike(c, u, grad_spike, grad_v);
-    const auto fired = Firing::fire(c, surrogate, u);
-    const V grad_u = total * derivative + Reset::grad_potential(Firing(), c, fired, grad_v);
-    grad_v = Reset::leak(c, grad_u);
-    return grad_u;
   }
 };
 

@@ -4,6 +4,7 @@ run thread after thread, against the reference and under sanitizers.
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -50,7 +51,7 @@ BUILDS = {"plain": "-O1", "sanitized": "-fsanitize=address,undefined -fno-saniti
 SANITIZED = os.environ.get("STBP_CUDA_SANITIZED")
 
 CHUNK, THREADS = 16, 128  # the kernels' own, for the cases to lie around
-NEUNORM_CHUNK, STRIP = 8, 32
+NEUNORM_CHUNK = 8
 # The bytes on either side of an array: what a block of threads writes at once, in the largest packs. Sanitizers see
 # where the memory itself ends.
 GUARD = 0 if SANITIZED else THREADS * 32
@@ -284,92 +285,146 @@ def test_smooth_spikes_agree_with_the_reference(
                 torch.testing.assert_close(ours_, theirs, rtol=1e-11, atol=1e-12)
 
 
+def in_order(tensor: Tensor, channels_last: bool) -> Tensor:
+    """``[..., C, P]`` as it lies in memory."""
+    return tensor.transpose(-1, -2).contiguous() if channels_last else tensor
+
+
 def run_neunorm_stand_in(
     stand_in: ModuleType,
     case: test_neunorm.Case,
     tensors: tuple[Tensor, Tensor, Tensor],
     *,
     groups: int,
-    strip: int,
+    split: Any,
+    channels_last: bool,
+    widest: int,
+    shared_bytes: int,
     surrogate: str,
     reset: str,
     smooth: bool = False,
-) -> test_neunorm.Results:
-    """The results of ``test_neunorm.run``, with the batch in so many groups, and so many positions to a block."""
+) -> list[Tensor | None]:
+    """The results of ``test_neunorm.run`` and all else that the kernels leave: dL/dweight of every group, dL/d(both
+    decays) of every group and strip, sums, maps and states."""
     dtype = tensors[0].dtype
     state = ops.state_dtype(dtype)
     kernels = kernels_of(stand_in, dtype)
     options = options_of(stand_in, case, surrogate, reset, smooth=smooth)
-    x, weight, gradient = (copy_of(tensor) for tensor in tensors)
+    x, weight, gradient = (copy_of(in_order(tensor, channels_last)) for tensor in tensors)
     features, positions = case.shape
+    space = (positions, features) if channels_last else (features, positions)
     shape = [case.steps, case.batch, features, positions]
     kept = (case.steps - 1) // NEUNORM_CHUNK
-    squared, strips = case.scaling == "1/F^2", -(-positions // strip)
+    strips = -(-positions // split.strip)
     decays = copy_of(torch.tensor([case.decay, case.norm_decay], dtype=state)) if case.learned else None
     normalised, grad_x = (blank(tuple(x.shape), dtype) for _ in range(2))
     sums, maps = (blank((case.steps, case.batch, positions), state) for _ in range(2))
-    states = blank((kept, case.batch, features, positions), state) if kept else None
-    carried = blank((groups, features, positions), state) if kept else None
-    grad_weight = blank((groups, features, positions), state)
+    states = blank((kept, case.batch, *space), state) if kept else None
+    carried = blank((groups, *space), state) if kept else None
+    grad_weight = blank((groups, *space), state)
     grad_decays = blank((groups, strips, 2), state) if case.learned else None
-    both = (case.norm_decay, squared)
-    forward = kernels.NeuNormForward(shape, *both, x, weight, decays, normalised, sums, maps, states)
-    backward = kernels.NeuNormBackward(
-        shape, *both, groups, x, weight, decays, sums, maps, states, gradient, grad_x, grad_weight, grad_decays, carried
-    )
-    spikes = features * strip
-    for launch, blocks, bytes_, results in (
-        (forward.launch, strips * case.batch, spikes, [normalised]),
-        (backward.launch, strips * groups, spikes * NEUNORM_CHUNK * dtype.itemsize, [grad_x, grad_weight, grad_decays]),
-    ):
-        # As for more features than the shared memory is enough for, and with it.
-        launch(options, stand_in.NeuNormPlan(strip, strips, blocks, 0))
-        expected = [None if array is None else array.copy() for array in results]
-        launch(options, stand_in.NeuNormPlan(strip, strips, blocks, bytes_))
-        for array, first in zip(results, expected, strict=True):
-            assert (array == first).all() if array is not None else first is None
-    for array in (sums, maps, states, carried):
-        assert array is None or not result(array, state).isnan().any()
-    return (
-        result(normalised, dtype),
-        result(grad_x, dtype),
-        result(grad_weight, state).sum(0),
-        None if grad_decays is None else result(grad_decays, state).sum((0, 1)),
-    )
+    common = (case.norm_decay, case.scaling == "1/F^2", channels_last)
+    forward = kernels.NeuNormForward(shape, *common, x, weight, decays, normalised, sums, maps, states)
+    arrays = (x, weight, decays, sums, maps, states, gradient, grad_x, grad_weight, grad_decays, carried)
+    backward = kernels.NeuNormBackward(shape, *common, groups, *arrays)
+    for io in (forward, backward):
+        plan = io.plan(split, min(widest, io.widest_pack()), shared_bytes)
+        assert plan.strips == strips
+        assert (plan.shared_bytes > 0) == (shared_bytes > 0)
+        io.launch(options, plan)
+    assert carried is None or not result(carried, state).isnan().any()
+
+    def found(array: np.ndarray | None, of: torch.dtype, ordered: bool = True) -> Tensor | None:
+        if array is None:
+            return None
+        tensor = result(array, of)
+        return in_order(tensor, True) if ordered and channels_last else tensor
+
+    results = [found(normalised, dtype), found(grad_x, dtype), found(grad_weight, state)]
+    results += [found(grad_decays, state, False), found(sums, state, False), found(maps, state, False)]
+    return [*results, found(states, state)]
 
 
-# Around the ends of chunks, of strips, and of what the teams of a block share; a block here costs milliseconds.
+def bits(tensor: Tensor | None) -> bytes | None:
+    return None if tensor is None else tensor.reshape(-1).clone().view(torch.uint8).numpy().tobytes()
+
+
+def run_every_neunorm_kernel(
+    stand_in: ModuleType,
+    case: test_neunorm.Case,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    *,
+    groups: int,
+    split: Any,
+    **options: Any,
+) -> test_neunorm.Results:
+    """The results of ``test_neunorm.run``, after a look whether both orders, all tiles, and shared memory or none give
+    the same bits."""
+    first, *others = (
+        run_neunorm_stand_in(
+            stand_in,
+            case,
+            tensors,
+            groups=groups,
+            split=split,
+            channels_last=channels_last,
+            widest=widest,
+            shared_bytes=shared_bytes,
+            **options,
+        )
+        for channels_last, widest, shared_bytes in itertools.product((False, True), (8, 1), (2**20, 0))
+    )
+    for other in others:
+        assert [bits(tensor) for tensor in other] == [bits(tensor) for tensor in first]
+    assert not any(tensor.isnan().any() for tensor in first if tensor is not None)
+    normalised, grad_x, grad_weight, grad_decays, *_ = first
+    assert normalised is not None
+    assert grad_x is not None
+    assert grad_weight is not None
+    return normalised, grad_x, grad_weight.sum(0), None if grad_decays is None else grad_decays.sum((0, 1))
+
+
+# Around the ends of chunks, of strips, of packs, and of what the teams of a block share; a block here costs
+# milliseconds.
 neunorm_cases = st.builds(
     dataclasses.replace,
     test_neunorm.cases,
     steps=st.sampled_from([1, 2, NEUNORM_CHUNK, NEUNORM_CHUNK + 1, 2 * NEUNORM_CHUNK + 3]),
     batch=st.integers(1, 2),
-    shape=st.tuples(st.integers(1, 9), st.sampled_from([1, 8, STRIP - 1, STRIP, STRIP + 1])),
+    shape=st.tuples(
+        st.one_of(st.integers(1, 9), st.sampled_from([12, 15, 16, 36])), st.sampled_from([1, 2, 7, 8, 9, 18])
+    ),
     folded=st.just(False),
 )
-strips = st.sampled_from([STRIP, 16, 8, 1])
-LARGE_NEUNORM = test_neunorm.Case(2 * NEUNORM_CHUNK + 3, 3, (7, STRIP + 5))
+# Teams, lanes and strips of a block: whole warps where one has all teams of a position.
+splits = st.sampled_from([(8, 8, 4), (4, 16, 8), (32, 4, 1), (1, 32, 32), (16, 2, 2)])
+LARGE_NEUNORM = test_neunorm.Case(2 * NEUNORM_CHUNK + 3, 3, (44, 13))
 few = settings(max_examples=2 if SANITIZED is None else 1)
+
+
+def split_of(stand_in: ModuleType, case: test_neunorm.Case, teams_lanes_strip: tuple[int, int, int]) -> Any:
+    return stand_in.NeuNormSplit(4 if case.shape[0] % 4 == 0 else 1, *teams_lanes_strip)
 
 
 @every_surrogate
 @every_reset
 @every_dtype
 @few
-@given(case=neunorm_cases, groups=st.integers(1, 2), strip=strips)
-@example(case=LARGE_NEUNORM, groups=2, strip=STRIP)
+@given(case=neunorm_cases, groups=st.integers(1, 2), split=splits)
+@example(case=LARGE_NEUNORM, groups=2, split=(8, 8, 4))
 def test_neunorm_agrees_with_the_reference(
     stand_in: ModuleType,
     case: test_neunorm.Case,
     groups: int,
-    strip: int,
+    split: tuple[int, int, int],
     surrogate: str,
     reset: str,
     dtype: torch.dtype,
 ) -> None:
     options: dict[str, Any] = {"surrogate": surrogate, "reset": reset}
     tensors = x, weight, gradient = test_neunorm.random_tensors(case, dtype, "cpu")
-    ours = run_neunorm_stand_in(stand_in, case, tensors, groups=min(groups, case.batch), strip=strip, **options)
+    own = {"groups": min(groups, case.batch), "split": split_of(stand_in, case, split)}
+    ours = run_every_neunorm_kernel(stand_in, case, tensors, **own, **options)
     wide = (x.to(weight.dtype), weight, gradient.to(weight.dtype))
     test_neunorm.assert_agree(ours, test_neunorm.run(case, wide, backend="reference", **options), tensors)
 
@@ -377,14 +432,15 @@ def test_neunorm_agrees_with_the_reference(
 @every_surrogate
 @every_reset
 @few
-@given(case=neunorm_cases, strip=strips)
+@given(case=neunorm_cases, split=splits)
 def test_neunorm_with_smooth_spikes_agrees_with_the_reference(
-    stand_in: ModuleType, case: test_neunorm.Case, strip: int, surrogate: str, reset: str
+    stand_in: ModuleType, case: test_neunorm.Case, split: tuple[int, int, int], surrogate: str, reset: str
 ) -> None:
     options: dict[str, Any] = {"surrogate": surrogate, "reset": reset, "smooth": True}
     tensors = test_neunorm.random_tensors(case, torch.float64, "cpu")
     expected = test_neunorm.run(case, tensors, backend="reference", **options)
-    found = run_neunorm_stand_in(stand_in, case, tensors, groups=1, strip=strip, **options)
+    own = split_of(stand_in, case, split)
+    found = run_every_neunorm_kernel(stand_in, case, tensors, groups=1, split=own, **options)
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None and theirs is not None:
@@ -396,66 +452,126 @@ H100_SHARED, RTX_4090_SHARED = 227 * 1024, 99 * 1024
 
 
 @pytest.mark.parametrize(
-    ("features", "positions", "scalar_bytes", "shared_bytes", "plan"),
+    ("features", "positions", "scalar_bytes", "split"),
     [
-        pytest.param(64, 1024, 4, H100_SHARED, (32, 32, 64 * 1024), id="a strip for a warp"),
-        pytest.param(65, 1024, 4, H100_SHARED, (16, 64, 65 * 512), id="too many features for that"),
-        pytest.param(128, 1024, 4, H100_SHARED, (16, 64, 64 * 1024), id="float32"),
-        pytest.param(128, 1024, 2, H100_SHARED, (32, 32, 64 * 1024), id="half"),
-        pytest.param(128, 1024, 8, H100_SHARED, (8, 128, 64 * 1024), id="float64"),
-        pytest.param(512, 256, 4, H100_SHARED, (8, 32, 128 * 1024), id="the shortest strip, and more than is wanted"),
-        pytest.param(512, 256, 4, RTX_4090_SHARED, (8, 32, 0), id="or than there is"),
-        pytest.param(872, 64, 4, H100_SHARED, (8, 8, 872 * 256), id="the most"),
-        pytest.param(873, 64, 4, H100_SHARED, (8, 8, 0), id="more than the most"),
-        pytest.param(1744, 64, 2, H100_SHARED, (8, 8, 1744 * 128), id="the most of a half type"),
-        pytest.param(360, 64, 4, RTX_4090_SHARED, (8, 8, 360 * 256), id="the most elsewhere"),
-        pytest.param(128, 289, 2, H100_SHARED, (32, 10, 64 * 1024), id="a strip that is not full"),
-        pytest.param(10, 1, 4, H100_SHARED, (1, 1, 320), id="one position"),
-        pytest.param(10, 5, 4, H100_SHARED, (8, 1, 2560), id="few"),
-        pytest.param(10, 0, 4, H100_SHARED, (1, 0, 320), id="none"),
+        pytest.param(64, 1024, 4, (4, 8, 32, 32), id="lanes for a warp"),
+        pytest.param(72, 1024, 4, (4, 8, 16, 16), id="too many features for that"),
+        pytest.param(128, 1024, 4, (4, 16, 16, 16), id="float32"),
+        pytest.param(128, 1024, 2, (4, 16, 16, 16), id="half: a lane has two positions"),
+        pytest.param(128, 1024, 8, (1, 32, 8, 8), id="float64 has no packs"),
+        pytest.param(256, 1024, 4, (4, 32, 8, 8), id="the fewest lanes"),
+        pytest.param(512, 256, 4, (4, 32, 8, 4), id="a shorter strip"),
+        pytest.param(1024, 64, 4, (4, 32, 8, 2), id="and shorter"),
+        pytest.param(1024, 64, 2, (4, 32, 8, 4), id="half"),
+        pytest.param(100000, 64, 4, (4, 32, 8, 1), id="the shortest"),
+        pytest.param(96, 1024, 4, (4, 8, 16, 16), id="fewer teams, so that none has less to do"),
+        pytest.param(100, 1024, 4, (4, 16, 16, 16), id="where that helps"),
+        pytest.param(15, 1024, 4, (1, 8, 32, 32), id="no packs"),
+        pytest.param(3, 1024, 4, (1, 4, 32, 32), id="fewer features than teams"),
+        pytest.param(10, 1, 4, (1, 16, 2, 2), id="one position"),
+        pytest.param(512, 1, 2, (4, 32, 1, 1), id="one position, many features"),
+        pytest.param(1, 1, 4, (1, 1, 32, 32), id="one neuron"),
+        pytest.param(12, 5, 4, (4, 4, 8, 8), id="few positions"),
+        pytest.param(12, 0, 4, (4, 4, 8, 8), id="none"),
+    ],
+)
+def test_neunorm_split(
+    stand_in: ModuleType, features: int, positions: int, scalar_bytes: int, split: tuple[int, int, int, int]
+) -> None:
+    found = stand_in.split_neunorm(features, positions, scalar_bytes)
+    assert (found.pack, found.teams, found.lanes, found.strip) == split
+    assert stand_in.neunorm_strips(features, positions, scalar_bytes) == -(-positions // found.strip)
+
+
+def neunorm_plan(
+    stand_in: ModuleType,
+    dtype: torch.dtype,
+    features: int,
+    positions: int,
+    channels_last: bool,
+    widest: int = 8,
+    shared_bytes: int = H100_SHARED,
+) -> Any:
+    """Of the backward pass, with 3 groups of 5 samples."""
+    io = kernels_of(stand_in, dtype).NeuNormBackward(
+        [1, 5, features, positions], 0.5, False, channels_last, 3, *[None] * 11
+    )
+    split = stand_in.split_neunorm(features, positions, dtype.itemsize)
+    return io.plan(split, min(widest, io.widest_pack()), shared_bytes)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "features", "positions", "channels_last", "widest", "shared", "plan"),
+    # plan: positions and features of a tile, threads, rows, tiles, KB of shared memory
+    [
+        pytest.param(torch.float32, 128, 1024, False, 8, H100_SHARED, (1, 1, 256, 64, 8, 64), id="float32"),
+        pytest.param(torch.float32, 128, 1024, True, 8, H100_SHARED, (1, 4, 256, 64, 2, 64), id="its packs"),
+        pytest.param(torch.float32, 128, 1024, True, 2, H100_SHARED, (1, 1, 256, 64, 8, 64), id="not aligned"),
+        pytest.param(torch.bfloat16, 128, 1024, False, 8, H100_SHARED, (2, 1, 256, 32, 8, 64), id="half: pairs"),
+        pytest.param(torch.bfloat16, 128, 1024, True, 8, H100_SHARED, (1, 4, 256, 64, 2, 32), id="its packs, too"),
+        pytest.param(torch.bfloat16, 128, 1023, False, 8, H100_SHARED, (1, 1, 256, 64, 8, 32), id="an odd number"),
+        pytest.param(torch.bfloat16, 126, 1024, True, 8, H100_SHARED, (1, 1, 256, 64, 8, 32), id="odd features"),
+        pytest.param(torch.bfloat16, 128, 16, False, 8, H100_SHARED, (2, 1, 128, 1, 8, 32), id="half the lanes"),
+        pytest.param(torch.float64, 128, 1024, True, 8, H100_SHARED, (1, 1, 256, 128, 4, 64), id="float64"),
+        pytest.param(
+            torch.float32, 512, 256, False, 8, H100_SHARED, (1, 1, 256, 32, 16, 128), id="one block at a time"
+        ),
+        pytest.param(torch.float32, 512, 256, True, 8, H100_SHARED, (1, 4, 128, 64, 4, 64), id="smaller blocks"),
+        pytest.param(
+            torch.float32, 512, 256, False, 8, RTX_4090_SHARED, (1, 1, 256, 32, 16, 0), id="more than there is"
+        ),
+        pytest.param(torch.float32, 512, 256, True, 8, RTX_4090_SHARED, (1, 4, 128, 64, 4, 64), id="but not here"),
+        pytest.param(torch.float32, 1024, 1, False, 8, H100_SHARED, (1, 4, 32, 1, 8, 32), id="one position is both"),
+        pytest.param(torch.float32, 12, 0, True, 8, H100_SHARED, (1, 4, 32, 0, 1, 4), id="none"),
     ],
 )
 def test_neunorm_plan(
     stand_in: ModuleType,
+    dtype: torch.dtype,
     features: int,
     positions: int,
-    scalar_bytes: int,
-    shared_bytes: int,
-    plan: tuple[int, int, int],
+    channels_last: bool,
+    widest: int,
+    shared: int,
+    plan: tuple[int, int, int, int, int, int],
 ) -> None:
-    backward = stand_in.plan_neunorm_backward(3, features, positions, scalar_bytes, shared_bytes)
-    assert (backward.strip, backward.strips, backward.shared_bytes) == plan
-    forward = stand_in.plan_neunorm_forward(5, features, positions, scalar_bytes, shared_bytes)
-    assert (forward.strip, forward.strips, forward.shared_bytes) == (*plan[:2], features * plan[0])
-    assert (forward.blocks, backward.blocks) == (5 * plan[1], 3 * plan[1])
-    assert stand_in.neunorm_strips(features, positions, scalar_bytes) == plan[1]
+    found = neunorm_plan(stand_in, dtype, features, positions, channels_last, widest, shared)
+    tile = (found.tile_positions, found.tile_features)
+    assert (*tile, found.threads, found.rows, found.tiles, found.shared_bytes // 1024) == plan
+    assert found.blocks == 3 * found.rows
 
 
 @given(
-    features=st.one_of(st.integers(1, 2000), st.integers(1, 2**40)),
+    features=st.one_of(st.integers(1, 2000), st.integers(1, 2**31 - 1)),
     positions=st.integers(0, 2**20),
-    scalar_bytes=st.sampled_from([2, 4, 8]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    channels_last=st.booleans(),
     shared_bytes=st.sampled_from([0, 48 * 1024, RTX_4090_SHARED, H100_SHARED]),
 )
 def test_any_neunorm_plan(
-    stand_in: ModuleType, features: int, positions: int, scalar_bytes: int, shared_bytes: int
+    stand_in: ModuleType, features: int, positions: int, dtype: torch.dtype, channels_last: bool, shared_bytes: int
 ) -> None:
-    """Strips that a block's threads can share out, for every position; never more shared memory than there is."""
-    scratch = NEUNORM_CHUNK * (256 + STRIP) * max(4, scalar_bytes)
-    for plan in (
-        stand_in.plan_neunorm_forward(2, features, positions, scalar_bytes, shared_bytes),
-        stand_in.plan_neunorm_backward(2, features, positions, scalar_bytes, shared_bytes),
-    ):
-        assert plan.strip in (1, 2, 4, 8, 16, 32)
-        assert plan.strip * (plan.strips - 1) < positions <= plan.strip * plan.strips
-        assert plan.blocks == 2 * plan.strips
-        assert plan.shared_bytes == 0 or scratch + plan.shared_bytes <= shared_bytes
+    """Teams and strips that a block's threads can share out, for every position; never more shared memory than there
+    is."""
+    plan = neunorm_plan(stand_in, dtype, features, positions, channels_last, 8, shared_bytes)
+    assert plan.teams in (1, 2, 4, 8, 16, 32)
+    assert plan.lanes in (1, 2, 4, 8, 16, 32)
+    block = plan.lanes * plan.tile_positions
+    assert block % plan.strip == 0
+    assert block * (plan.rows - 1) < positions <= block * plan.rows
+    assert plan.strip * (plan.strips - 1) < positions <= plan.strip * plan.strips
+    assert 16 <= plan.threads <= 256
+    assert plan.tile_features == 1 or plan.threads % 32 == 0
+    assert features % plan.pack == 0
+    assert plan.tiles * plan.tile_features * plan.teams >= features
+    scratch = (256 if plan.tile_features > 1 else NEUNORM_CHUNK * (256 + 32)) * max(4, dtype.itemsize)
+    assert plan.shared_bytes == 0 or scratch + plan.shared_bytes <= shared_bytes
 
 
 def test_groups_of_samples(stand_in: ModuleType) -> None:
-    """As many as fill a GPU, and never more than samples."""
-    for batch, strips, groups in ((0, 1, 1), (5, 0, 1), (128, 32, 32), (20, 32, 20), (3, 5000, 1), (9, 1, 9)):
-        assert stand_in.neunorm_groups(batch, strips) == groups
+    """As many as fill a GPU, and never more than samples; the same in both orders and for all GPUs."""
+    for batch, positions, groups in ((0, 16, 1), (5, 0, 1), (128, 512, 32), (20, 512, 20), (3, 80000, 1), (9, 1, 9)):
+        assert stand_in.neunorm_groups(batch, 128, positions, 4) == groups
 
 
 @every_dtype

@@ -79,67 +79,103 @@ MUTANTS: dict[str, tuple[str, str, str, str, str]] = {
         "threads / plan.threads",
     ),
     "values added up too early": (
-        *("thread", "data race", NEUNORM, "= values[k];\n    __syncthreads();\n"),
-        "= values[k];\n",
+        *("thread", "data race", NEUNORM, "= values[k][p]; });\n        __syncthreads();\n"),
+        "= values[k][p]; });\n",
     ),
     "parts of the sum added up too early": (
-        *("thread", "data race", NEUNORM, "= total;\n    }\n    __syncthreads();\n"),
-        "= total;\n    }\n",
+        *("thread", "data race", NEUNORM, "plan.teams - first_team);\n        __syncthreads();\n"),
+        "plan.teams - first_team);\n",
     ),
     "totals added up too early": (
-        *("thread", "data race", NEUNORM, ": State(0);\n    __syncthreads();\n"),
-        ": State(0);\n",
+        *("thread", "data race", NEUNORM, "= values[p];\n    });\n    __syncthreads();\n"),
+        "= values[p];\n    });\n",
     ),
     "a total over the one before": (
-        *("thread", "data race", NEUNORM, "    __syncthreads();\n    scratch[threadIdx.x]"),
-        "    scratch[threadIdx.x]",
+        *("thread", "data race", NEUNORM, "    __syncthreads();\n    each<kPositions>"),
+        "    each<kPositions>",
     ),
     "a barrier that not all reach": (
-        *("address", "ended while others waited", NEUNORM, "= values[k];\n    __syncthreads();\n"),
-        "= values[k];\n    if (inside) __syncthreads();\n",
+        *("address", "ended while others waited", NEUNORM, "= values[k][p]; });\n        __syncthreads();\n"),
+        "= values[k][p]; });\n        if (tiles > 0) __syncthreads();\n",
     ),
-    "a team left out": ("address", "normalised", NEUNORM, "if (first + t < teams())", "if (first + t < teams() - 1)"),
-    "gradients of another feature": (
-        *("address", "dL/dx", NEUNORM, "const Row* slot = gradients + c * plan.strip;"),
-        "const Row* slot = gradients;",
+    "a shuffle that not all reach": (
+        *("address", "ended while others waited", NEUNORM, "    if constexpr (Tile::kInWarp) {\n"),
+        "    if constexpr (Tile::kInWarp) {\n      if (tiles == 0) return;\n",
     ),
-    "gradients read twice": (
-        *("address", "more or less read", NEUNORM, "if constexpr (kHeld) {\n            const Row* slot"),
-        "if constexpr (false) {\n            const Row* slot",
-    ),
-    "a sum begun with another feature's": (
-        *("address", "dL/dU", NEUNORM, "grad_weight[j] = last && i == 0 ? State(0) : "),
-        "if (!last || i != 0) grad_weight[j] = ",
-    ),
-    "potentials of the feature before": (
-        *("address", "dL/dx", NEUNORM, "          if constexpr (kHeld) fetch(c + teams);\n"),
-        "",
-    ),
-    "gradients past the shared memory": (
-        *("address", "heap-buffer-overflow", PLAN, "kNeuNormChunk * scalar_bytes;\n  return"),
-        "(kNeuNormChunk - 1) * scalar_bytes;\n  return",
-    ),
-    "spikes of another feature": (
+    "a team left out": ("address", "normalised", NEUNORM, "i < count ? from", "i < count - 1 ? from"),
+    "half of the teams": (
         "address",
         "normalised",
         NEUNORM,
-        "kHeld ? spikes[c * plan.strip] : 0",
-        "kHeld ? spikes[0] : 0",
+        "apart < plan.teams; apart",
+        "2 * apart < plan.teams; apart",
+    ),
+    "teams of another position": (
+        *("address", "normalised", NEUNORM, "apart < plan.teams; apart"),
+        "apart <= plan.teams; apart",
+    ),
+    "another order of the teams": (
+        *("address", "bits of another order", NEUNORM, "int apart = 1; apart < plan.teams; apart *= 2"),
+        "int apart = plan.teams / 2; apart > 0; apart /= 2",
+    ),
+    "features of another team": (
+        *("address", "overflow|normalised", NEUNORM, "return {0, team * plan.pack * at.feature_stride"),
+        "return {0, (team ^ 1) * plan.pack * at.feature_stride",
+    ),
+    "a feature of the next team": (
+        *("address", "normalised|heap-buffer-overflow", PLAN, "(plan.teams - 1) * plan.pack + 1)"),
+        "(plan.teams - 1) * plan.pack)",
+    ),
+    "a pack too many": (
+        *("address", "heap-buffer-overflow|normalised", NEUNORM, "(team < plan.more_packs)"),
+        "(team <= plan.more_packs)",
+    ),
+    "gradients of another tile": (
+        *("address", "dL/dx", NEUNORM, "const Part* const slot = slots + cursor.tile *"),
+        "const Part* const slot = slots + 0 *",
+    ),
+    "slots of another thread": (
+        *("address", "normalised", NEUNORM, "* of_tile * 32 + int(threadIdx.x) % 32"),
+        "* of_tile * 32 + int(threadIdx.x) % 16",
+    ),
+    "slots of another warp": (
+        *("thread", "data race", NEUNORM, "+ warp * plan.tiles * of_tile * 32"),
+        "+ warp * 0",
+    ),
+    "gradients read twice": ("address", "more or less read", NEUNORM, "if (held) {\n", "if (false) {\n"),
+    "a sum begun with another feature's": (
+        *("address", "dL/dU", NEUNORM, "there && !(last && sample == from)"),
+        "there && !last",
+    ),
+    "currents of the tile before": ("address", "dL/dx", NEUNORM, "if constexpr (kParts == 1) fetch();\n", ""),
+    "gradients past the shared memory": (
+        *("address", "heap-buffer-overflow", PLAN, "widest, kNeuNormChunk * int(sizeof(Scalar)), device"),
+        "widest, (kNeuNormChunk - 1) * int(sizeof(Scalar)), device",
+    ),
+    "spikes of another tile": ("address", "normalised", NEUNORM, "bits = slots[cursor.tile * 32];", "bits = slots[0];"),
+    "spikes of another neuron of a tile": (
+        *("address", "normalised", NEUNORM, "y[e] = bits >> (8 * e + k) & 1u"),
+        "y[e] = bits >> (8 * (e ^ 1) + k) & 1u",
     ),
     "spikes past the shared memory": (
-        *("address", "heap-buffer-overflow", PLAN, "shared_if_it_fits(features * strip,"),
-        "shared_if_it_fits(features * strip / 2,",
+        *("address", "heap-buffer-overflow", PLAN, "threads = (plan.threads() + 31) / 32 * 32;"),
+        "threads = plan.threads() / 2;",
     ),
     "positions beyond the last": (
-        *("address", "heap-buffer-overflow", NEUNORM, "block.inside ? own : io.positions - 1);"),
-        "own);",
+        *("address", "heap-buffer-overflow|differs", NEUNORM, "tiles = position() < io.positions ?"),
+        "tiles = position() <= io.positions ?",
     ),
-    "kept by threads without a position": (
-        "address",
-        "heap-buffer-overflow|differs",
-        NEUNORM,
-        "if (inside) Pack",
-        "Pack",
+    "maps of no position": (
+        *("address", "heap-buffer-overflow|differs", NEUNORM, "return team == 0 && tiles > 0;"),
+        "return team == 0;",
+    ),
+    "a strip beyond the last": (
+        *("address", "heap-buffer-overflow|differs", NEUNORM, "strip >= plan.strips) return;"),
+        "false) return;",
+    ),
+    "packs of features at any address": (
+        *("address", "misaligned|overflow|differs", PLAN, "scalar_bytes < 8 && widest >= 4 ? 4 : 1;"),
+        "scalar_bytes < 8 ? 4 : 1;",
     ),
 }
 

@@ -91,4 +91,16 @@ void visit_lif_backward(const LifOptions& options, const LifPlan& plan, const F&
   });
 }
 
+// The tiles that the kernels with normalisation are compiled for, as plan_neunorm chooses from them.
+template <class Scalar, class F>
+void visit_neunorm_tile(const NeuNormPlan& plan, const F& f) {
+  if constexpr (sizeof(Scalar) < 8) {
+    if (plan.tile_features == 4) return f(Tile<1, 4>());
+  }
+  if constexpr (sizeof(Scalar) < 4) {
+    if (plan.tile_positions == 2) return f(Tile<2, 1>());
+  }
+  f(Tile<1, 1>());
+}
+
 }  // namespace stbp::cuda

@@ -1,5 +1,7 @@
 #include <cuda_runtime.h>
 
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -36,23 +38,57 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-DeviceProperties properties_of(int device) {
-  DeviceProperties properties{};
-  const auto ask = [device](int& value, cudaDeviceAttr attribute) {
-    throw_on(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+// What is found out or set once for each device, whichever threads ask for it.
+template <class T>
+class OncePerDevice {
+ public:
+  template <class Find>
+  const T& get(int device, const Find& find) {
+    Entry& entry = entries_[size_t(device)];
+    std::call_once(entry.once, [&] { entry.value = find(); });
+    return entry.value;
+  }
+
+ private:
+  struct Entry {
+    std::once_flag once;
+    T value{};
   };
-  ask(properties.processors, cudaDevAttrMultiProcessorCount);
-  ask(properties.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  return properties;
+  static size_t count() {
+    int count = 0;
+    throw_on(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+    return size_t(count);
+  }
+  std::unique_ptr<Entry[]> entries_{new Entry[count()]};
+};
+
+const DeviceProperties& properties_of(int device) {
+  static OncePerDevice<DeviceProperties> known;
+  return known.get(device, [device] {
+    DeviceProperties properties{};
+    const auto ask = [device](int& value, cudaDeviceAttr attribute) {
+      throw_on(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    };
+    ask(properties.processors, cudaDevAttrMultiProcessorCount);
+    ask(properties.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    return properties;
+  });
 }
 
-// Neurons with normalisation. More shared memory than any block may have is asked for first.
-template <class Kernel, class Io, class Neuron>
-void launch_blocks(Kernel kernel, const NeuNormPlan& plan, void* stream, const Io& io, const Neuron& neuron) {
-  if (plan.shared_bytes > 0)
-    throw_on(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
+// Launches a kernel with normalisation. Tile, Io and Neuron tell the kernels apart: each is allowed once on each device
+// to have as much shared memory as a block may ask for.
+template <class Tile, class Kernel, class Io, class Neuron>
+void launch_blocks(Kernel kernel, const NeuNormPlan& plan, int device, void* stream, const Io& io,
+                   const Neuron& neuron) {
+  static OncePerDevice<bool> allowed;
+  allowed.get(device, [&] {
+    const int scratch = kNeuNormScratch<Tile::kInWarp> * int(sizeof(typename Io::State));
+    throw_on(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  properties_of(device).shared_bytes - scratch),
              "cudaFuncSetAttribute");
-  kernel<<<unsigned(plan.blocks), kNeuNormThreads, size_t(plan.shared_bytes), static_cast<cudaStream_t>(stream)>>>(
+    return true;
+  });
+  kernel<<<unsigned(plan.blocks), plan.threads(), size_t(plan.shared_bytes), static_cast<cudaStream_t>(stream)>>>(
       io, plan, neuron);
 }
 
@@ -81,10 +117,14 @@ void launch_backward(const LifBackward<Scalar>& io, const LifOptions& options, i
 template <class Scalar>
 void launch_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, int device, void* stream) {
   const DeviceGuard guard(device);
-  const NeuNormPlan plan =
-      plan_neunorm_forward(io.batch, io.features, io.positions, sizeof(Scalar), properties_of(device));
-  visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
-    launch_blocks(neunorm_forward<kNeuNormThreads, Scalar, std::decay_t<decltype(neuron)>>, plan, stream, io, neuron);
+  const NeuNormSplit split = split_neunorm(io.features, io.positions, sizeof(Scalar));
+  const NeuNormPlan plan = plan_neunorm(split, io, widest_pack(io), properties_of(device));
+  visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
+    visit_neunorm_tile<Scalar>(plan, [&](auto tile) {
+      using Tile = decltype(tile);
+      launch_blocks<Tile>(neunorm_forward<Tile, Scalar, std::decay_t<decltype(neuron)>>, plan, device, stream, io,
+                          neuron);
+    });
   });
   throw_on(cudaGetLastError(), "launching neunorm_forward");
 }
@@ -92,10 +132,14 @@ void launch_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& 
 template <class Scalar>
 void launch_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options, int device, void* stream) {
   const DeviceGuard guard(device);
-  const NeuNormPlan plan =
-      plan_neunorm_backward(io.groups, io.features, io.positions, sizeof(Scalar), properties_of(device));
+  const NeuNormSplit split = split_neunorm(io.features, io.positions, sizeof(Scalar));
+  const NeuNormPlan plan = plan_neunorm(split, io, widest_pack(io), properties_of(device));
   visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
-    launch_blocks(neunorm_backward<kNeuNormThreads, Scalar, std::decay_t<decltype(neuron)>>, plan, stream, io, neuron);
+    visit_neunorm_tile<Scalar>(plan, [&](auto tile) {
+      using Tile = decltype(tile);
+      launch_blocks<Tile>(neunorm_backward<Tile, Scalar, std::decay_t<decltype(neuron)>>, plan, device, stream, io,
+                          neuron);
+    });
   });
   throw_on(cudaGetLastError(), "launching neunorm_backward");
 }

@@ -1,9 +1,9 @@
 // The CUDA kernels of neurons with normalisation. As kernels.cuh, without torch or a header of CUDA's own.
 //
-// A block has a strip of neighbouring positions of a sample and all features. Its threads are teams with one thread for
-// each position, to which the features are shared out. A chunk of kNeuNormChunk steps is gone through twice, once to
-// sum over the features, once to use the sum, so that the teams meet once a chunk and not once a step. Between the two,
-// spikes wait as bits, and gradients as they came, in the block's shared memory.
+// A position's features are shared out to a team of threads each, and the teams' sums are added up as a tree, in the
+// same order in both memory orders: so both give the same bits. A chunk of kNeuNormChunk steps is gone through twice,
+// once to sum over the features and once to use the sum. In between, spikes (as bits) and gradients (as they came) wait
+// in shared memory, in slots that only one thread uses; where these do not fit, they are read again.
 #pragma once
 
 #include <type_traits>
@@ -15,346 +15,488 @@
 namespace stbp::cuda {
 
 #if defined(__CUDACC__)
-// What the plan asked for.
+// Dynamic shared memory.
 __device__ __forceinline__ unsigned char* shared_bytes() {
   extern __shared__ __align__(16) unsigned char bytes[];
   return bytes;
 }
 #endif
 
-// Blocks of kNeuNormThreads: at 3 a thread has 80 registers, at 2 128, at 1 255. The most that no kernel spills with.
+// Minimum resident blocks of kNeuNormThreads per multiprocessor (__launch_bounds__): the most at which nothing spills.
 template <class Scalar>
-constexpr int kNeuNormForwardBlocks = sizeof(Scalar) == 8 ? 2 : 3;
+constexpr int kNeuNormForwardBlocks = sizeof(Scalar) == 8 ? 1 : 3;
 template <class Scalar>
 constexpr int kNeuNormBackwardBlocks = sizeof(Scalar) == 8 ? 1 : 2;
 
-// Features that a thread has under way where it only adds them up: as soon as it is done with one, it loads what the
-// one after the next needs. Without shared memory there is less to win by it. Forward and backward have that loop each:
-// from a function for both, inlined, ptxas spilled registers on sm_100.
-template <bool kHeld>
-constexpr int kFeaturesAhead = kHeld ? 2 : 1;
-
-// A thread's view of its block.
-template <class State, int kThreads>
-struct Block {
-  // Of how many teams a thread adds up the values at one step and position: so all threads have a part in it.
-  static constexpr int kTogether = kNeuNormChunk;
-
-  State* scratch;  // [K, threads] values, then [K, parts, strip] of their sums, shared by the block
-  int strip;       // threads of a team
-  bool inside;     // whether this thread's position exists; where not, it does the work of the last and keeps nothing
-
-  __device__ __forceinline__ int lane() const { return int(threadIdx.x) % strip; }
-  __device__ __forceinline__ int team() const { return int(threadIdx.x) / strip; }
-  __device__ __forceinline__ int teams() const { return kThreads / strip; }
-
-  template <class T>
-  __device__ __forceinline__ State get(const T* from) const {
-    return Pack<T, 1>::load(from).get(0);
-  }
-  // Of what this thread has written itself.
-  template <class T>
-  __device__ __forceinline__ State own(const T* from) const {
-    return inside ? Pack<T, 1>::load_own(from).get(0) : State(0);
-  }
-  template <class T>
-  __device__ __forceinline__ void set(T* to, State value) const {
-    if (inside) Pack<T, 1>::of({value}).store(to);
-  }
-
-  // Adds values[k] up over the teams, in an order of their own, for all of them. The two barriers are enough for one
-  // call after the other: when the last threads read the parts, the first can have come no further than the values.
-  __device__ __forceinline__ void sum(State (&values)[kNeuNormChunk]) const {
-    const int parts = (teams() + kTogether - 1) / kTogether;
-    State* const part = scratch + kNeuNormChunk * kThreads;
+// f(i) for all i < n, or for all k < steps of a chunk, unrolled.
+template <int n, class F>
+__device__ __forceinline__ void each(const F& f) {
 #pragma unroll
-    for (int k = 0; k < kNeuNormChunk; ++k) scratch[k * kThreads + int(threadIdx.x)] = values[k];
-    __syncthreads();
-    for (int i = int(threadIdx.x); i < kNeuNormChunk * parts * strip; i += kThreads) {
-      const int k = i / (parts * strip), first = i / strip % parts * kTogether;
-      const State* const of_team = scratch + k * kThreads + first * strip + i % strip;
-      State total = 0;
+  for (int i = 0; i < n; ++i) f(i);
+}
+template <class F>
+__device__ __forceinline__ void each_step(int steps, const F& f) {
 #pragma unroll
-      for (int t = 0; t < kTogether; ++t)
-        if (first + t < teams()) total += of_team[t * strip];
-      part[i] = total;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kNeuNormChunk; ++k) values[k] = 0;
-#pragma unroll 1
-    for (int p = 0; p < parts; ++p)
-#pragma unroll
-      for (int k = 0; k < kNeuNormChunk; ++k) values[k] += part[(k * parts + p) * strip + lane()];
+  for (int k = 0; k < kNeuNormChunk; ++k) {
+    if (k >= steps) break;
+    f(k);
   }
-
-  // Adds up over all threads with a position.
-  __device__ __forceinline__ void store_total(State* to, State value) const {
-    __syncthreads();
-    scratch[threadIdx.x] = inside ? value : State(0);
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    State total = 0;
-    for (int thread = 0; thread < kThreads; ++thread) total += scratch[thread];
-    *to = total;
-  }
-};
-
-// The rows of a chunk for one neuron, so many elements apart, or as many of them as there are steps and then zeros,
-// with all loads under way at once.
-template <class Scalar>
-struct ChunkRows {
-  using State = state_t<Scalar>;
-  Pack<Scalar, 1> rows[kNeuNormChunk];
-
-  __device__ __forceinline__ void load(const Scalar* from, int64_t step, int steps) {
-#pragma unroll
-    for (int k = 0; k < kNeuNormChunk; ++k) {
-      rows[k] = k < steps ? Pack<Scalar, 1>::load(from) : Pack<Scalar, 1>{};
-      from += step;
-    }
-  }
-  __device__ __forceinline__ State operator[](int k) const { return rows[k].get(0); }
-};
-
-// Calls work(whether anything waits in shared memory), as a constant for each of the two.
-template <bool kMay, class Work>
-__device__ __forceinline__ void visit_held(const NeuNormPlan& plan, const Work& work) {
-  if constexpr (kMay) {
-    if (plan.shared_bytes > 0) return work(std::true_type());
-  }
-  work(std::false_type());
 }
 
-// A block for every strip of every sample.
-template <int kThreads, class Scalar, class Neuron>
-__global__ void __launch_bounds__(kThreads, kNeuNormForwardBlocks<Scalar>)
+// Adds up `count` of at most n numbers, so many elements apart, as a tree: neighbours first.
+template <int n, class State>
+__device__ __forceinline__ State tree_sum(const State* from, int apart, int count) {
+  State sums[n];
+  each<n>([&](int i) { sums[i] = i < count ? from[i * apart] : State(0); });
+#pragma unroll
+  for (int width = 1; width < n; width *= 2)
+#pragma unroll
+    for (int i = 0; i < n; i += 2 * width) sums[i] += sums[i + width];
+  return sums[0];
+}
+
+// What this thread has written itself; zeros where it has not.
+template <class State, int n, class T>
+__device__ __forceinline__ void load_own(State (&values)[n], const T* from) {
+  const auto pack = from ? Pack<T, n>::load_own(from) : Pack<T, n>{};
+  each<n>([&](int e) { values[e] = pack.get(e); });
+}
+template <class T, class State, int n>
+__device__ __forceinline__ void store(T* to, const State (&values)[n]) {
+  Pack<T, n>::of(values).store(to);
+}
+
+// To the next row: so many bytes, not elements, for which the address is added up in fewer instructions.
+template <class T>
+__device__ __forceinline__ void advance(T*& pointer, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  pointer = reinterpret_cast<T*>(reinterpret_cast<Byte*>(pointer) + bytes);
+}
+
+// A tile of a thread's team: its place among them, and where its first neuron lies in a [C, P] or [P, C] array.
+struct Cursor {
+  int tile;
+  int64_t at;
+};
+
+// A thread's place in its block.
+template <class State, class Tile>
+struct Block {
+  static constexpr int kPositions = Tile::kPositions;
+
+  const NeuNormPlan& plan;
+  State* scratch;  // shared by the block
+  int sample;      // or group of them
+  int row, team, lane;
+  int tiles;  // of this thread: none where it has no position, so that it only comes along
+
+  template <class Io>
+  __device__ __forceinline__ Block(const Io& io, const NeuNormPlan& plan_, State* scratch_)
+      : plan(plan_), scratch(scratch_) {
+    sample = int(blockIdx.x / unsigned(plan.rows));
+    row = int(blockIdx.x % unsigned(plan.rows));
+    // Neighbouring threads have neighbours in memory.
+    const bool teams_first = kPositions == 1 && (Tile::kFeatures > 1 || io.channels_last);
+    const int thread = int(threadIdx.x);
+    team = teams_first ? thread & (plan.teams - 1) : thread >> plan.lane_bits;
+    lane = teams_first ? thread >> plan.team_bits : thread & (plan.lanes - 1);
+    tiles = position() < io.positions ? (plan.packs + (team < plan.more_packs)) * (plan.pack / Tile::kFeatures) : 0;
+  }
+  __device__ __forceinline__ int64_t position() const {  // the first of this thread's
+    return (int64_t(row) * plan.lanes + lane) * kPositions;
+  }
+  __device__ __forceinline__ bool keeps_maps() const { return team == 0 && tiles > 0; }
+
+  // This team's features: packs of plan.pack neighbours, of which the thread moves kFeatures at once.
+  __device__ __forceinline__ Cursor first(const NeuNormPlace& at) const {
+    return {0, team * plan.pack * at.feature_stride + position() * at.position_stride};
+  }
+  __device__ __forceinline__ void next(Cursor& cursor) const {
+    ++cursor.tile;
+    cursor.at += Tile::kFeatures > 1 || (cursor.tile & (plan.pack - 1)) == 0 ? plan.to_next_pack : plan.to_next_feature;
+  }
+  // This thread's slots in shared memory, of so many for each tile; neighbours are 32 apart.
+  template <class Slot>
+  __device__ __forceinline__ Slot* slots(int of_tile) const {
+    const int warp = int(threadIdx.x) / 32;
+    return reinterpret_cast<Slot*>(shared_bytes()) + warp * plan.tiles * of_tile * 32 + int(threadIdx.x) % 32;
+  }
+
+  // Sums the values over all teams in a fixed order; every thread gets the totals of its positions.
+  __device__ __forceinline__ void sum(State (&values)[kNeuNormChunk][kPositions]) const {
+    if constexpr (Tile::kInWarp) {
+#pragma unroll 1
+      for (int apart = 1; apart < plan.teams; apart *= 2)
+        each<kNeuNormChunk>([&](int k) { values[k][0] += __shfl_xor_sync(~0u, values[k][0], apart); });
+    } else {
+      // A thread adds up 8 teams' values at one step, then each thread those parts. The two barriers are enough for one
+      // call after the other: no thread writes parts before all have read the last ones and written their values.
+      const int threads = plan.threads(), parts = (plan.teams + kNeuNormChunk - 1) / kNeuNormChunk;
+      State* const part = scratch + kNeuNormChunk * threads;  // [K, parts, lanes]
+      const int first_team = team / kNeuNormChunk * kNeuNormChunk;
+      each<kPositions>([&](int p) {
+        each<kNeuNormChunk>([&](int k) { scratch[k * threads + team * plan.lanes + lane] = values[k][p]; });
+        __syncthreads();
+#pragma unroll 1
+        for (int k = team % kNeuNormChunk; k < kNeuNormChunk; k += plan.teams)
+          part[(k * parts + team / kNeuNormChunk) * plan.lanes + lane] = tree_sum<kNeuNormChunk>(
+              scratch + k * threads + first_team * plan.lanes + lane, plan.lanes, plan.teams - first_team);
+        __syncthreads();
+        each<kNeuNormChunk>([&](int k) {
+          values[k][p] = tree_sum<kMostTeams / kNeuNormChunk>(part + k * parts * plan.lanes + lane, plan.lanes, parts);
+        });
+      });
+    }
+  }
+
+  // Adds up over all threads, for each of the block's strips: [strips, 2] numbers from `to` on.
+  __device__ __forceinline__ void store_totals(State* to, const State (&values)[kPositions]) const {
+    const int of_strip = plan.strip * plan.teams, strips = plan.lanes * kPositions / plan.strip;
+    __syncthreads();
+    each<kPositions>([&](int p) {
+      const int place = lane * kPositions + p;
+      scratch[place / plan.strip * of_strip + team * plan.strip + place % plan.strip] = values[p];
+    });
+    __syncthreads();
+    const int strip = int(threadIdx.x);
+    if (strip >= strips || int64_t(row) * strips + strip >= plan.strips) return;
+    State total = 0;
+    for (int i = 0; i < of_strip; ++i) total += scratch[strip * of_strip + i];
+    to[2 * strip] = total;
+  }
+};
+
+// A chunk's rows of a tile, with zeros after the last step and all loads under way at once. In parts of two neurons
+// where these have one word or a tile has four, which are worked on one after the other.
+template <class Scalar, class Tile>
+struct ChunkRows {
+  static constexpr int kPart = Tile::kWidth > 2 || (Tile::kWidth == 2 && sizeof(Scalar) == 2) ? 2 : 1;
+  static constexpr int kParts = Tile::kWidth / kPart;
+  using Row = Pack<Scalar, Tile::kWidth>;
+  using Part = Pack<Scalar, kPart>;
+  Part parts[kNeuNormChunk][kParts];
+
+  __device__ __forceinline__ void load(const Scalar* from, int64_t row_bytes, int steps) {
+    each<kNeuNormChunk>([&](int k) {
+      const Row row = k < steps ? Row::load(from) : Row{};
+      memcpy(parts[k], row.words, sizeof(row));
+      advance(from, row_bytes);
+    });
+  }
+  __device__ __forceinline__ void store(Scalar* to, int64_t row_bytes, int steps) const {
+    each_step(steps, [&](int k) {
+      Row row;
+      memcpy(row.words, parts[k], sizeof(row));
+      row.store(to);
+      advance(to, row_bytes);
+    });
+  }
+  __device__ __forceinline__ state_t<Scalar> get(int k, int e) const { return parts[k][e / kPart].get(e % kPart); }
+};
+
+// A block for every row of lanes of every sample.
+template <class Tile, class Scalar, class Neuron>
+__global__ void __launch_bounds__(kNeuNormThreads, (kNeuNormForwardBlocks<Scalar>))
     neunorm_forward(const NeuNormForward<Scalar> io, const NeuNormPlan plan, Neuron neuron) {
   using State = state_t<Scalar>;
-  static_assert(kNeuNormChunk == 8, "a byte has the spikes of a chunk");
-  __shared__ State scratch[kNeuNormScratch<kThreads>];
-  const int lane = int(threadIdx.x) % plan.strip;
-  const int64_t own = int64_t(blockIdx.x) % plan.strips * plan.strip + lane;
-  const Block<State, kThreads> block{scratch, plan.strip, own < io.positions};
-  const NeuNormPlace at(io, int64_t(blockIdx.x) / plan.strips, block.inside ? own : io.positions - 1);
+  constexpr int kWidth = Tile::kWidth, kPositions = Tile::kPositions, kBuffers = Tile::kBuffers;
+  constexpr bool kBinary = Neuron::kBinary;
+  static_assert(kNeuNormChunk == 8, "a byte has a neuron's spikes of a chunk");
+  using Bits = std::conditional_t<kWidth == 1, uint8_t, std::conditional_t<kWidth == 2, uint16_t, uint32_t>>;
+  __shared__ State scratch[kNeuNormScratch<Tile::kInWarp>];
+  const Block<State, Tile> block(io, plan, scratch);
+  const NeuNormPlace at(io, block.sample, 0);
   if (io.decays) neuron.c.decay = io.decays[0];
-  const int team = block.team(), teams = block.teams();
-  const int64_t step = at.step();
-  unsigned char* const spikes = shared_bytes() + lane;  // [C, strip], if held
-  State a = 0;
-  for (int64_t start = 0, chunk = 0; start < io.steps; start += kNeuNormChunk, ++chunk) {
+  const int64_t row_bytes = plan.row_bytes;
+  const bool held = plan.shared_bytes > 0;
+  Bits* const slots = block.template slots<Bits>(1);
+  State a[kPositions] = {};
+  for (int64_t start = 0; start < io.steps; start += kNeuNormChunk) {
     const int steps = int(io.steps - start < kNeuNormChunk ? io.steps - start : kNeuNormChunk);
-    const bool last = start + kNeuNormChunk >= io.steps;
-    State map[kNeuNormChunk] = {};  // S, then a
-    visit_held<Neuron::kBinary>(plan, [&](auto held) {
-      constexpr bool kHeld = decltype(held)::value;
-      constexpr int kBuffers = kFeaturesAhead<kHeld>;
-      ChunkRows<Scalar> rows[kBuffers];
-      State v[kBuffers] = {};
-      const auto fetch = [&](int64_t c, int j) {
-        if (c >= io.features) return;
-        rows[j].load(io.x + at.neuron(start, c), step, steps);
-        v[j] = chunk == 0 ? State(0) : block.own(io.states + at.neuron(chunk - 1, c));
-      };
+    const int64_t rows_at = at.neuron(start, 0), states_at = at.neuron(start / kNeuNormChunk, 0);
+    State map[kNeuNormChunk][kPositions] = {};  // S, then a
+    {
+      ChunkRows<Scalar, Tile> rows[kBuffers];
+      State v[kBuffers][kWidth];
+      Cursor cursor = block.first(at);
+      const auto fetch = [&](int j, int further) {
+        Cursor ahead = cursor;
 #pragma unroll
-      for (int j = 0; j < kBuffers; ++j) fetch(team + j * teams, j);
-      for (int64_t c = team; c < io.features; c += kBuffers * teams) {
+        for (int i = 0; i < further; ++i) block.next(ahead);
+        const bool there = ahead.tile < block.tiles;
+        rows[j].load(io.x + (rows_at + ahead.at), row_bytes, there ? steps : 0);
+        load_own(v[j], there && start > 0 ? io.states + (states_at - plan.row + ahead.at) : nullptr);
+      };
+      each<Tile::kAhead>([&](int j) { fetch(j, j); });
+      while (cursor.tile < block.tiles) {
 #pragma unroll
         for (int j = 0; j < kBuffers; ++j) {
-          if (c + j * teams >= io.features) break;
-          State spike;
-          unsigned bits = 0;
-          Scalar* to = io.normalised + at.neuron(start, c + j * teams);
-#pragma unroll
-          for (int k = 0; k < kNeuNormChunk; ++k) {
-            if (k >= steps) break;
-            neuron.step(v[j], rows[j][k], spike);
-            map[k] += spike;
-            if constexpr (kHeld) {
-              bits |= unsigned(spike != State(0)) << k;
-            } else {
-              block.set(to, spike);
-              to += step;
+          if (cursor.tile >= block.tiles) break;
+          if constexpr (Tile::kAhead == 0) fetch(j, 0);
+          Bits bits = 0;
+          Scalar* to = io.normalised + (rows_at + cursor.at);
+          each_step(steps, [&](int k) {
+            State spikes[kWidth];
+            each<kWidth>([&](int e) {
+              neuron.step(v[j][e], rows[j].get(k, e), spikes[e]);
+              map[k][e % kPositions] += spikes[e];
+              if (spikes[e] != State(0)) bits |= Bits(1) << (8 * e + k);
+            });
+            if constexpr (!kBinary) store(to, spikes);
+            if constexpr (!kBinary) advance(to, row_bytes);
+          });
+          if (kBinary && held) slots[cursor.tile * 32] = bits;
+          if (kBinary && !held) {
+#pragma unroll 1
+            for (int k = 0; k < steps; ++k) {
+              State spikes[kWidth];
+              each<kWidth>([&](int e) { spikes[e] = State(bits >> (8 * e + k) & 1u); });
+              store(to, spikes);
+              advance(to, row_bytes);
             }
           }
-          if constexpr (kHeld) spikes[(c + j * teams) * plan.strip] = static_cast<unsigned char>(bits);
-          if (!last) block.set(io.states + at.neuron(chunk, c + j * teams), v[j]);
-          fetch(c + (j + kBuffers) * teams, j);
+          if (start + kNeuNormChunk < io.steps) store(io.states + (states_at + cursor.at), v[j]);
+          if constexpr (Tile::kAhead > 0) fetch(j, Tile::kAhead);
+          block.next(cursor);
         }
       }
-    });
-    const NeuNormConstants<State> norm(io);  // here, as registers are short
-    block.sum(map);
-#pragma unroll
-    for (int k = 0; k < kNeuNormChunk; ++k) {
-      if (k >= steps) break;
-      if (team == 0) block.set(io.sums + at.map(start + k), map[k]);
-      map[k] = a = norm.decay * a + norm.gain * map[k];
-      if (team == 0) block.set(io.maps + at.map(start + k), a);
     }
-    visit_held<Neuron::kBinary>(plan, [&](auto held) {
-      constexpr bool kHeld = decltype(held)::value;
-      State next_u = 0;
-      const auto fetch = [&](int64_t c) {
-        if (c >= io.features) return;
-        next_u = block.get(io.weight + at.weight(0, c));
-      };
-      fetch(team);
-      for (int64_t c = team; c < io.features; c += teams) {
-        const State u = next_u;
-        fetch(c + teams);
-        const unsigned bits = kHeld ? spikes[c * plan.strip] : 0;
-        Scalar* to = io.normalised + at.neuron(start, c);
-#pragma unroll
-        for (int k = 0; k < kNeuNormChunk; ++k) {
-          if (k >= steps) break;
-          const State spike = kHeld ? State(bits >> k & 1u) : block.own(to);
-          block.set(to, spike - u * map[k]);
-          to += step;
+    const NeuNormConstants<State> norm(io, State(plan.share));  // not kept in registers over the loops
+    block.sum(map);
+    const int64_t map_at = at.map(start) + block.position();
+    State *sums = io.sums + map_at, *maps = io.maps + map_at;
+    each_step(steps, [&](int k) {
+      if (block.keeps_maps()) store(sums, map[k]);
+      each<kPositions>([&](int p) { map[k][p] = a[p] = norm.decay * a[p] + norm.gain * map[k][p]; });
+      if (block.keeps_maps()) store(maps, a);
+      sums += plan.map_row;
+      maps += plan.map_row;
+    });
+    for (Cursor cursor = block.first(at); cursor.tile < block.tiles; block.next(cursor)) {
+      const auto weight = Pack<State, kWidth>::load(io.weight + cursor.at);
+      Scalar* to = io.normalised + (rows_at + cursor.at);
+      Bits bits = 0;
+      if (kBinary && held) bits = slots[cursor.tile * 32];
+      if (kBinary && !held) {
+        const Scalar* from = to;
+#pragma unroll 1
+        for (int k = 0; k < steps; ++k) {
+          const auto spikes = Pack<Scalar, kWidth>::load_own(from);
+          advance(from, row_bytes);
+          each<kWidth>([&](int e) { bits |= Bits(spikes.get(e) != State(0)) << (8 * e + k); });
         }
       }
-    });
+      each_step(steps, [&](int k) {
+        State y[kWidth] = {};
+        if constexpr (!kBinary) load_own(y, to);
+        each<kWidth>([&](int e) {
+          if constexpr (kBinary) y[e] = bits >> (8 * e + k) & 1u ? State(1) : State(0);
+          y[e] -= weight.get(e) * map[k][e % kPositions];
+        });
+        store(to, y);
+        advance(to, row_bytes);
+      });
+    }
   }
 }
 
-// A block for every strip of every group of samples, one after the other.
-template <int kThreads, class Scalar, class Neuron>
-__global__ void __launch_bounds__(kThreads, kNeuNormBackwardBlocks<Scalar>)
+// A block for every row of lanes of every group of samples, one sample after the other.
+template <class Tile, class Scalar, class Neuron>
+__global__ void __launch_bounds__(kNeuNormThreads, (kNeuNormBackwardBlocks<Scalar>))
     neunorm_backward(const NeuNormBackward<Scalar> io, const NeuNormPlan plan, Neuron neuron) {
   using State = state_t<Scalar>;
-  using Row = Pack<Scalar, 1>;
-  __shared__ State scratch[kNeuNormScratch<kThreads>];
-  const int lane = int(threadIdx.x) % plan.strip;
-  const int64_t group = int64_t(blockIdx.x) / plan.strips;
-  const int64_t own = int64_t(blockIdx.x) % plan.strips * plan.strip + lane;
-  const Block<State, kThreads> block{scratch, plan.strip, own < io.positions};
+  using Rows = ChunkRows<Scalar, Tile>;
+  using Part = typename Rows::Part;
+  constexpr int kWidth = Tile::kWidth, kPositions = Tile::kPositions, kPart = Rows::kPart, kParts = Rows::kParts;
+  constexpr int kBuffers = Tile::kBuffers, kHalf = kNeuNormChunk / 2, kSlots = kNeuNormChunk * kParts;
+  __shared__ State scratch[kNeuNormScratch<Tile::kInWarp>];
+  const Block<State, Tile> block(io, plan, scratch);
   if (io.decays) neuron.c.decay = io.decays[0];
-  const int team = block.team(), teams = block.teams();
-  Row* const gradients = reinterpret_cast<Row*>(shared_bytes()) + lane;  // [K, C, strip], if held
-  // What this thread has of the scratch memory holds a of a chunk before the sum, and after it u of a feature, as
-  // registers are short.
-  State* const mine = scratch + threadIdx.x;
-  const int held_step = int(io.features) * plan.strip;
-  const int64_t from = io.batch * group / io.groups, to = io.batch * (group + 1) / io.groups;
-  State grad_decay = 0, grad_norm_decay = 0;
-  for (int i = 0; i < int(to - from); ++i) {
-    const NeuNormPlace at(io, from + i, block.inside ? own : io.positions - 1);
-    const int64_t step = at.step();
-    State carried = 0;  // norm_decay A[t+1]
+  const int64_t row_bytes = plan.row_bytes;
+  const bool held = plan.shared_bytes > 0;
+  Part* const slots = block.template slots<Part>(kSlots);
+  const int group = block.sample;
+  const int from = group * plan.samples + (group < plan.more_samples ? group : plan.more_samples);
+  const int to = from + plan.samples + (group < plan.more_samples);
+  State grad_decay[kPositions] = {}, grad_norm_decay[kPositions] = {};
+  for (int sample = from; sample < to; ++sample) {
+    const NeuNormPlace at(io, sample, 0);
+    State* const grad_weights = io.grad_weight + at.weight(group, 0);
+    State* const carries = io.carried + (io.carried ? at.weight(group, 0) : 0);
+    State carried[kPositions] = {};  // norm_decay A[t+1]
     for (int64_t chunk = (io.steps - 1) / kNeuNormChunk; chunk >= 0; --chunk) {
       const int64_t start = chunk * kNeuNormChunk;
       const int steps = int(io.steps - start < kNeuNormChunk ? io.steps - start : kNeuNormChunk);
       const bool last = start + kNeuNormChunk >= io.steps;
+      const int64_t map_at = at.map(start) + block.position();
+      const Scalar* const grad_y = io.grad_normalised + at.neuron(start, 0);
+      State grad_map[kNeuNormChunk][kPositions] = {};  // the sum of U g, then A, then gain A
       {
-        ChunkRows<State> map;
-        map.load(io.maps + at.map(start), at.map(1) - at.map(0), steps);
-#pragma unroll
-        for (int k = 0; k < kNeuNormChunk; ++k) mine[k * kThreads] = map[k];
-      }
-      State grad_map[kNeuNormChunk] = {};  // the sum of U g, then gain A
-      visit_held<true>(plan, [&](auto held) {
-        constexpr bool kHeld = decltype(held)::value;
-        constexpr int kBuffers = kFeaturesAhead<kHeld>;
-        ChunkRows<Scalar> upstream[kBuffers];
-        State u[kBuffers] = {}, grad_weight[kBuffers] = {};
-        const auto fetch = [&](int64_t c, int j) {
-          if (c >= io.features) return;
-          upstream[j].load(io.grad_normalised + at.neuron(start, c), step, steps);
-          u[j] = block.get(io.weight + at.weight(0, c));
-          grad_weight[j] = last && i == 0 ? State(0) : block.own(io.grad_weight + at.weight(group, c));
+        Pack<State, kPositions> map[kNeuNormChunk];
+        const State* maps = io.maps + map_at;
+        each<kNeuNormChunk>([&](int k) {
+          map[k] = k < steps && block.tiles > 0 ? Pack<State, kPositions>::load(maps) : Pack<State, kPositions>{};
+          maps += plan.map_row;
+        });
+        Rows upstream[kBuffers];
+        Pack<State, kWidth> weight[kBuffers];
+        State grad_weight[kBuffers][kWidth];
+        Cursor ahead = block.first(at), cursor = ahead;
+        const auto fetch = [&](int j) {
+          const bool there = ahead.tile < block.tiles;
+          upstream[j].load(grad_y + ahead.at, row_bytes, there ? steps : 0);
+          weight[j] = there ? Pack<State, kWidth>::load(io.weight + ahead.at) : Pack<State, kWidth>{};
+          load_own(grad_weight[j], there && !(last && sample == from) ? grad_weights + ahead.at : nullptr);
+          block.next(ahead);
         };
-#pragma unroll
-        for (int j = 0; j < kBuffers; ++j) fetch(team + j * teams, j);
-        for (int64_t c = team; c < io.features; c += kBuffers * teams) {
+        each<Tile::kAhead>(fetch);
+        while (cursor.tile < block.tiles) {
 #pragma unroll
           for (int j = 0; j < kBuffers; ++j) {
-            if (c + j * teams >= io.features) break;
-#pragma unroll
-            for (int k = kNeuNormChunk - 1; k >= 0; --k) {  // zeros from the last step on
-              grad_map[k] += u[j] * upstream[j][k];
-              grad_weight[j] = grad_weight[j] - upstream[j][k] * mine[k * kThreads];
-            }
-            if constexpr (kHeld) {
-              Row* slot = gradients + (c + j * teams) * plan.strip;
-#pragma unroll
-              for (int k = 0; k < kNeuNormChunk; ++k) {
-                *slot = upstream[j].rows[k];
-                slot += held_step;
-              }
-            }
-            block.set(io.grad_weight + at.weight(group, c + j * teams), grad_weight[j]);
-            fetch(c + (j + kBuffers) * teams, j);
+            if (cursor.tile >= block.tiles) break;
+            if constexpr (Tile::kAhead == 0) fetch(j);
+            each_step(steps, [&](int k) {
+              each<kWidth>([&](int e) {
+                grad_map[k][e % kPositions] += weight[j].get(e) * upstream[j].get(k, e);
+                grad_weight[j][e] -= upstream[j].get(k, e) * map[k].get(e % kPositions);
+              });
+            });
+            Part* const slot = slots + cursor.tile * kSlots * 32;
+            if (held) each<kSlots>([&](int i) { slot[i * 32] = upstream[j].parts[i / kParts][i % kParts]; });
+            store(grad_weights + cursor.at, grad_weight[j]);
+            if constexpr (Tile::kAhead > 0) fetch(j);
+            block.next(cursor);
           }
         }
-      });
-      // The same to go back with. The first feature's is under way while the teams meet.
-      ChunkRows<Scalar> rows;
-      State v = 0, next_grad_v = 0;
-      const auto fetch = [&](int64_t c) {
-        if (c >= io.features) return;
-        rows.load(io.x + at.neuron(start, c), step, steps);
-        v = chunk == 0 ? State(0) : block.get(io.states + at.neuron(chunk - 1, c));
-        if (!last) next_grad_v = block.own(io.carried + at.weight(group, c));
+      }
+      // To go back with. The first tile is under way while the teams add up.
+      const State* const states = chunk > 0 ? io.states + at.neuron(chunk - 1, 0) : nullptr;
+      Rows rows;
+      State v[kWidth];
+      Cursor cursor = block.first(at);
+      const auto fetch = [&] {
+        const bool there = cursor.tile < block.tiles;
+        rows.load(io.x + at.neuron(start, 0) + cursor.at, row_bytes, there ? steps : 0);
+        load_states(v, there ? states : nullptr, cursor.at);
       };
-      fetch(team);
-      const NeuNormConstants<State> norm(io);  // here, as registers are short
+      fetch();
+      const NeuNormConstants<State> norm(io, State(plan.share));  // not kept in registers over the loops
       block.sum(grad_map);
-
 #pragma unroll
       for (int k = kNeuNormChunk - 1; k >= 0; --k) {
         if (k >= steps) continue;
-        const State grad = carried - grad_map[k];
-        grad_map[k] = norm.gain * grad;
-        carried = norm.decay * grad;
-        if (io.grad_decays && team == 0) {
-          const int64_t t = start + k;
-          const State before = t > 0 ? block.get(io.maps + at.map(t - 1)) : State(0);
-          grad_norm_decay += grad * (before - block.get(io.sums + at.map(t)) * norm.share);
-        }
+        each<kPositions>([&](int p) {
+          grad_map[k][p] = carried[p] - grad_map[k][p];
+          carried[p] = norm.decay * grad_map[k][p];
+        });
       }
-
-      visit_held<true>(plan, [&](auto held) {
-        constexpr bool kHeld = decltype(held)::value;
-        for (int64_t c = team; c < io.features; c += teams) {
-          State grad_v = next_grad_v;
-          ChunkRows<Scalar> upstream;
-          if constexpr (kHeld) {
-            const Row* slot = gradients + c * plan.strip;
+      if (io.grad_decays && block.keeps_maps()) {
+        const State *maps = io.maps + map_at - plan.map_row, *sums = io.sums + map_at;
+        each_step(steps, [&](int k) {
+          each<kPositions>([&](int p) {
+            const State before = k > 0 || start > 0 ? __ldg(maps + p) : State(0);
+            grad_norm_decay[p] += grad_map[k][p] * (before - __ldg(sums + p) * norm.share);
+          });
+          maps += plan.map_row;
+          sums += plan.map_row;
+        });
+      }
+      each<kNeuNormChunk * kPositions>([&](int i) { grad_map[i / kPositions][i % kPositions] *= norm.gain; });
+      while (cursor.tile < block.tiles) {
+        const int64_t here = cursor.at;
+        const Part* const slot = slots + cursor.tile * kSlots * 32;
+        block.next(cursor);
+        State grad_v[kWidth];
+        load_own(grad_v, last ? nullptr : carries + here);
+        each<kParts>([&](int part) {
+          State u[kNeuNormChunk][kPart], before[kPart], of_feature[kPart] = {};
+          each<kPart>([&](int e) { before[e] = v[part * kPart + e]; });
 #pragma unroll
-            for (int k = 0; k < kNeuNormChunk; ++k) {
-              upstream.rows[k] = *slot;
-              slot += held_step;
+          for (int k = 0; k < kNeuNormChunk; ++k) {
+            if (k == kHalf && steps <= kHalf) break;
+            each<kPart>([&](int e) {
+              State unused;
+              u[k][e] = neuron.step(v[part * kPart + e], rows.parts[k][part].get(e), unused);
+            });
+          }
+          if constexpr (kParts == 1) fetch();
+          // Half a chunk's gradients at a time, as registers are short.
+#pragma unroll
+          for (int first = kHalf; first >= 0; first -= kHalf) {
+            if (first >= steps) continue;
+            State grad[kHalf]
+                      [kPart];  // the surrogate's derivative, then dL/du; past the last step of no use, and no harm
+            neuron.surrogate.visit([&](const auto& surrogate) {
+              each<kHalf * kPart>([&](int i) {
+                const int k = i / kPart, e = i % kPart;
+                grad[k][e] = surrogate.derivative(u[first + k][e] - neuron.c.v_threshold);
+              });
+            });
+            Part upstream[kHalf];
+            if (held) {
+              each<kHalf>([&](int k) { upstream[k] = slot[((first + k) * kParts + part) * 32]; });
+            } else {
+              const Scalar* again = grad_y + here + part * kPart;
+              advance(again, first * row_bytes);
+              each<kHalf>([&](int k) {
+                upstream[k] = first + k < steps ? Part::load(again) : Part{};
+                advance(again, row_bytes);
+              });
             }
-          } else {
-            upstream.load(io.grad_normalised + at.neuron(start, c), step, steps);
-          }
-          const State before = v;
 #pragma unroll
-          for (int k = 0; k < kNeuNormChunk; ++k) {  // those past the last step are of no use, and no harm
-            State unused;
-            mine[k * kThreads] = neuron.step(v, rows[k], unused);
-          }
-          if constexpr (kHeld) fetch(c + teams);
-          Scalar* grad_at = io.grad_x + at.neuron(start + steps - 1, c);
+            for (int k = kHalf - 1; k >= 0; --k) {
+              if (first + k >= steps) continue;
+              each<kPart>([&](int e) {
+                const State grad_spike = upstream[k].get(e) + grad_map[first + k][e % kPositions];
+                grad[k][e] = neuron.step_back(u[first + k][e], grad[k][e], grad_spike, grad_v[part * kPart + e]);
+              });
+            }
+            Scalar* grad_x = io.grad_x + at.neuron(start, 0) + here;
+            advance(grad_x, first * row_bytes);
 #pragma unroll
-          for (int k = kNeuNormChunk - 1; k >= 0; --k) {
-            if (k >= steps) continue;
-            const State grad_u = neuron.step_back(mine[k * kThreads], upstream[k] + grad_map[k], grad_v);
-            if (io.grad_decays) grad_decay += grad_u * (k > 0 ? neuron.after(mine[(k - 1) * kThreads]) : before);
-            block.set(grad_at, grad_u);
-            grad_at -= step;
+            for (int k = 0; k < kHalf; ++k) {
+              if (first + k >= steps) break;
+              if (io.grad_decays) {
+                each<kPart>([&](int e) {
+                  of_feature[e] += grad[k][e] * (first + k > 0 ? neuron.after(u[first + k - 1][e]) : before[e]);
+                });
+              }
+              if constexpr (kParts == 1) store(grad_x, grad[k]);
+              if constexpr (kParts == 1) advance(grad_x, row_bytes);
+              if constexpr (kParts > 1) rows.parts[first + k][part] = Part::of(grad[k]);
+            }
           }
-          if (chunk > 0) block.set(io.carried + at.weight(group, c), grad_v);
-          if constexpr (!kHeld) fetch(c + teams);  // before, the gradients of this feature need the registers
-        }
-      });
+          each<kPart>([&](int e) { grad_decay[e % kPositions] += of_feature[e]; });
+        });
+        if constexpr (kParts > 1) rows.store(io.grad_x + at.neuron(start, 0) + here, row_bytes, steps);
+        if constexpr (kParts > 1) fetch();
+        if (chunk > 0) store(carries + here, grad_v);
+      }
     }
   }
   if (io.grad_decays) {
-    State* const slot = io.grad_decays + int64_t(blockIdx.x) * 2;  // [G, strips, 2]
-    block.store_total(slot, grad_decay);
-    block.store_total(slot + 1, grad_norm_decay);
+    const int64_t strip = int64_t(block.row) * plan.lanes * kPositions / plan.strip;
+    State* const totals = io.grad_decays + (group * plan.strips + strip) * 2;
+    block.store_totals(totals, grad_decay);
+    block.store_totals(totals + 1, grad_norm_decay);
   }
+}
+
+// The widest pack of neighbours in memory in which the arrays of a call can be moved.
+template <class Scalar, class Io>
+WidestPack<Scalar> widest_of_neunorm(const Io& io) {
+  WidestPack<Scalar> pack(io.channels_last ? io.features : io.positions);
+  if (io.positions == 1) pack = WidestPack<Scalar>(io.features);
+  pack.at(io.x).at(io.weight).at(io.sums).at(io.maps).at(io.states);
+  return pack;
+}
+template <class Scalar>
+int widest_pack(const NeuNormForward<Scalar>& io) {
+  return widest_of_neunorm<Scalar>(io).at(io.normalised);
+}
+template <class Scalar>
+int widest_pack(const NeuNormBackward<Scalar>& io) {
+  return widest_of_neunorm<Scalar>(io).at(io.grad_normalised).at(io.grad_x).at(io.grad_weight).at(io.carried);
 }
 
 }  // namespace stbp::cuda

@@ -41,11 +41,10 @@ struct Cuda {
     cuda::launch_backward(io, options, device, current_stream(device));
   }
   static std::pair<int64_t, int64_t> neunorm_parts(const NeuNormShape& shape, ScalarType type, bool) {
-    int64_t strips = 0;
-    visit_scalar(type, [&](auto number) {
-      strips = cuda::neunorm_strips(shape.features, shape.positions, sizeof(decltype(number)));
-    });
-    return {cuda::neunorm_groups(shape.batch, strips), strips};
+    int bytes = 0;
+    visit_scalar(type, [&](auto number) { bytes = sizeof(number); });
+    return {cuda::neunorm_groups(shape.batch, shape.features, shape.positions, bytes),
+            cuda::neunorm_strips(shape.features, shape.positions, bytes)};
   }
   template <class Scalar>
   static void neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, int device) {

@@ -4,9 +4,11 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <limits>
 #include <random>
@@ -201,94 +203,190 @@ void check_large() {
   }
 }
 
-bool near(float a, float b) { return std::abs(a - b) <= 1e-5f * (1 + std::abs(b)); }
+bool near(float a, float b, float unit) { return std::abs(a - b) <= unit * (1 + std::abs(b)); }
 
-void check_neunorm(int64_t steps, int64_t batch, int64_t features, int64_t positions, int64_t groups,
-                   int shared_bytes) {
-  const LifOptions options = options_of(Reset::kHard);
-  const Neuron neuron = neuron_of(options);
-  const int64_t all = steps * batch * features * positions, maps = steps * batch * positions;
-  const int64_t kept = (steps - 1) / kNeuNormChunk, weights = features * positions;
-  const int64_t strips = neunorm_strips(features, positions, sizeof(float));
-  const auto x = random_row<float>(all, -0.5f, 1.5f), gradient = random_row<float>(all, -1, 1);
-  const auto weight = random_row<float>(weights, 0, 1);
-  const std::vector<float> decays{0.5f, 0.75f};
-  auto normalised = unwritten<float>(all), grad_x = unwritten<float>(all);
-  auto sums = unwritten<float>(maps), a = unwritten<float>(maps);
-  auto states = unwritten<float>(kept * batch * weights), carried = unwritten<float>(groups * weights);
-  auto grad_weight = unwritten<float>(groups * weights), grad_decays = unwritten<float>(groups * strips * 2);
-  const NeuNormForward<float> forward{
-      steps,    batch,         features,      positions,         0.75f,       false,    false,
-      x.data(), weight.data(), decays.data(), normalised.data(), sums.data(), a.data(), states.data()};
-  const NeuNormBackward<float> backward{
-      steps,           batch,         features,           positions,          0.75f,         false,    false,
-      groups,          x.data(),      weight.data(),      decays.data(),      sums.data(),   a.data(), states.data(),
-      gradient.data(), grad_x.data(), grad_weight.data(), grad_decays.data(), carried.data()};
-  const DeviceProperties device{132, shared_bytes};
-  const NeuNormPlan plan = plan_neunorm_forward(batch, features, positions, sizeof(float), device);
-  std::vector<unsigned char> shared(static_cast<size_t>(plan.shared_bytes));
-  shared_memory = shared.data();
-  const auto run_forward = [&] {
-    launch_blocks(plan.blocks, [&] { neunorm_forward<kBlockThreads>(forward, plan, neuron); });
-  };
-  const NeuNormPlan back = plan_neunorm_backward(groups, features, positions, sizeof(float), device);
-  const auto run_backward = [&] {
-    launch_blocks(back.blocks, [&] { neunorm_backward<kBlockThreads>(backward, back, neuron); });
-  };
-  demand((plan.shared_bytes > 0) == (shared_bytes > 0) && (back.shared_bytes > 0) == (shared_bytes > 0), "the plans");
-  bool once = reads_once(run_forward, x);
-  shared.assign(static_cast<size_t>(back.shared_bytes), 0);
-  shared_memory = shared.data();
-  once = reads_once(run_backward, x, states, gradient) && once;
+// [N, C, P] to [N, P, C].
+template <class T>
+std::vector<T> transposed(const std::vector<T>& of, int64_t features, int64_t positions) {
+  std::vector<T> to(of.size());
+  const int64_t size = features * positions;
+  for (int64_t i = 0; i < int64_t(of.size()); ++i)
+    to[size_t(i / size * size + i % positions * features + i / positions % features)] = of[size_t(i)];
+  return to;
+}
 
-  const float share = float(1 / double(features)), gain = (1 - decays[1]) * share;
-  std::vector<double> weight_total(static_cast<size_t>(weights));
-  double decay_total = 0, norm_decay_total = 0;
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t p = 0; p < positions; ++p) {
-      const auto at = [&](int64_t t, int64_t c) { return size_t(((t * batch + b) * features + c) * positions + p); };
-      const auto zeros = [](int64_t size) { return std::vector<float>(static_cast<size_t>(size)); };
-      auto v = zeros(features), u = zeros(steps * features), before = u, map = zeros(steps), s = map;
-      for (int64_t t = 0; t < steps; ++t) {
-        auto o = zeros(features);
-        for (int64_t c = 0; c < features; ++c) {
-          before[size_t(t * features + c)] = v[size_t(c)];
-          u[size_t(t * features + c)] = neuron.step(v[size_t(c)], x[at(t, c)], o[size_t(c)]);
-          s[size_t(t)] += o[size_t(c)];
-        }
-        map[size_t(t)] = decays[1] * (t ? map[size_t(t - 1)] : 0) + gain * s[size_t(t)];
-        for (int64_t c = 0; c < features; ++c)
-          demand(same(normalised[at(t, c)], o[size_t(c)] - weight[size_t(c * positions + p)] * map[size_t(t)]),
-                 "normalised spikes");
-      }
-      auto grad_v = zeros(features);
-      float grad_map = 0;
-      for (int64_t t = steps - 1; t >= 0; --t) {
-        grad_map *= decays[1];
-        for (int64_t c = 0; c < features; ++c) {
-          grad_map -= weight[size_t(c * positions + p)] * gradient[at(t, c)];
-          weight_total[size_t(c * positions + p)] -= double(gradient[at(t, c)] * map[size_t(t)]);
-        }
-        norm_decay_total += double(grad_map * ((t ? map[size_t(t - 1)] : 0) - share * s[size_t(t)]));
-        for (int64_t c = 0; c < features; ++c) {
-          const float grad_u =
-              neuron.step_back(u[size_t(t * features + c)], gradient[at(t, c)] + gain * grad_map, grad_v[size_t(c)]);
-          decay_total += double(grad_u * before[size_t(t * features + c)]);
-          demand(near(grad_x[at(t, c)], grad_u), "dL/dx with normalisation");
-        }
-      }
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+// Neurons with normalisation: what they are given, in the order [T, B, C, P], and what the kernels make of it.
+template <class Scalar>
+struct NeuNormCheck {
+  struct Found {
+    std::vector<Scalar> normalised, grad_x;
+    std::vector<float> sums, maps, states, carried, grad_weight, grad_decays;
+    bool once;  // whether both kernels have read what they are given once
+
+    bool operator==(const Found& o) const {
+      return same_bits(normalised, o.normalised) && same_bits(grad_x, o.grad_x) && same_bits(sums, o.sums) &&
+             same_bits(maps, o.maps) && same_bits(states, o.states) && same_bits(grad_weight, o.grad_weight) &&
+             same_bits(grad_decays, o.grad_decays);
     }
-  for (int64_t i = 0; i < weights; ++i) {
-    double found = 0;
-    for (int64_t group = 0; group < groups; ++group) found += double(grad_weight[size_t(group * weights + i)]);
-    demand(near(float(found), float(weight_total[size_t(i)])), "dL/dU");
+  };
+
+  int64_t steps, batch, features, positions, groups;
+  LifOptions options = options_of(Reset::kHard);
+  Neuron neuron = neuron_of(options);
+  int64_t all = steps * batch * features * positions, weights = features * positions;
+  std::vector<Scalar> x = random_row<Scalar>(all, -0.5f, 1.5f), gradient = random_row<Scalar>(all, -1, 1);
+  std::vector<float> weight = random_row<float>(weights, 0, 1);
+  std::vector<float> decays{0.5f, 0.75f};
+
+  // For packs as wide as `widest` at most, with so much shared memory.
+  Found run(bool channels_last, int widest, int shared_bytes) const {
+    const NeuNormSplit split{features % 4 == 0 ? 4 : 1, 8, 8, 4};
+    const int64_t kept = (steps - 1) / kNeuNormChunk, maps = steps * batch * positions;
+    const int64_t strips = (positions + split.strip - 1) / split.strip;
+    const auto ordered = [&](const auto& array) {
+      return channels_last ? transposed(array, features, positions) : array;
+    };
+    const auto back = [&](auto& array) {
+      if (channels_last) array = transposed(array, positions, features);
+    };
+    const auto own_x = ordered(x), own_gradient = ordered(gradient);
+    const auto own_weight = ordered(weight);
+    Found found{unwritten<Scalar>(all),
+                unwritten<Scalar>(all),
+                unwritten<float>(maps),
+                unwritten<float>(maps),
+                unwritten<float>(kept * batch * weights),
+                unwritten<float>(kept > 0 ? groups * weights : 0),
+                unwritten<float>(groups * weights),
+                unwritten<float>(groups * strips * 2),
+                false};
+    NeuNormForward<Scalar> forward{};
+    forward.steps = steps;
+    forward.batch = batch;
+    forward.features = features;
+    forward.positions = positions;
+    forward.norm_decay = decays[1];
+    forward.channels_last = channels_last;
+    forward.x = own_x.data();
+    forward.weight = own_weight.data();
+    forward.decays = decays.data();
+    forward.normalised = found.normalised.data();
+    forward.sums = found.sums.data();
+    forward.maps = found.maps.data();
+    forward.states = found.states.data();
+    NeuNormBackward<Scalar> backward{};
+    backward.steps = steps;
+    backward.batch = batch;
+    backward.features = features;
+    backward.positions = positions;
+    backward.norm_decay = decays[1];
+    backward.channels_last = channels_last;
+    backward.groups = groups;
+    backward.x = own_x.data();
+    backward.weight = own_weight.data();
+    backward.decays = decays.data();
+    backward.sums = found.sums.data();
+    backward.maps = found.maps.data();
+    backward.states = found.states.data();
+    backward.grad_normalised = own_gradient.data();
+    backward.grad_x = found.grad_x.data();
+    backward.grad_weight = found.grad_weight.data();
+    backward.grad_decays = found.grad_decays.data();
+    backward.carried = kept > 0 ? found.carried.data() : nullptr;
+    const DeviceProperties device{132, shared_bytes};
+    const NeuNormPlan plan = plan_neunorm(split, forward, std::min(widest, widest_pack(forward)), device);
+    const NeuNormPlan plan_back = plan_neunorm(split, backward, std::min(widest, widest_pack(backward)), device);
+    demand((plan.shared_bytes > 0) == (shared_bytes > 0) && (plan_back.shared_bytes > 0) == (shared_bytes > 0),
+           "the plans");
+    found.once = reads_once([&] { run_neunorm(forward, options, plan); }, own_x);
+    found.once =
+        reads_once([&] { run_neunorm(backward, options, plan_back); }, own_x, found.states, own_gradient) && found.once;
+    back(found.normalised);
+    back(found.grad_x);
+    back(found.states);
+    back(found.grad_weight);
+    return found;
   }
-  double found[2] = {0, 0};
-  for (size_t i = 0; i < grad_decays.size(); ++i) found[i % 2] += double(grad_decays[i]);
-  demand(std::abs(found[0] - decay_total) <= 1e-3, "dL/ddecay");
-  demand(std::abs(found[1] - norm_decay_total) <= 1e-3, "dL/dnorm_decay");
-  // But where gradients are read again, and threads without a position read the last.
-  all_read_once = all_read_once && (once || shared_bytes == 0 || positions % plan.strip != 0);
+
+  void expect(const Found& found) const {
+    const float share = float(1 / double(features)), gain = (1 - decays[1]) * share;
+    const float unit = sizeof(Scalar) == 2 ? 2.5e-3f : 1e-5f;
+    std::vector<double> weight_total(static_cast<size_t>(weights));
+    double decay_total = 0, norm_decay_total = 0;
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t p = 0; p < positions; ++p) {
+        const auto at = [&](int64_t t, int64_t c) { return size_t(((t * batch + b) * features + c) * positions + p); };
+        const auto of = [&](const std::vector<Scalar>& rows, int64_t t, int64_t c) { return to_state(rows[at(t, c)]); };
+        const auto zeros = [](int64_t size) { return std::vector<float>(static_cast<size_t>(size)); };
+        auto v = zeros(features), u = zeros(steps * features), before = u, map = zeros(steps), s = map;
+        for (int64_t t = 0; t < steps; ++t) {
+          auto o = zeros(features);
+          for (int64_t c = 0; c < features; ++c) {
+            before[size_t(t * features + c)] = v[size_t(c)];
+            u[size_t(t * features + c)] = neuron.step(v[size_t(c)], of(x, t, c), o[size_t(c)]);
+            s[size_t(t)] += o[size_t(c)];
+          }
+          map[size_t(t)] = decays[1] * (t ? map[size_t(t - 1)] : 0) + gain * s[size_t(t)];
+          for (int64_t c = 0; c < features; ++c)
+            demand(same(found.normalised[at(t, c)],
+                        Rounded<Scalar>::from(o[size_t(c)] - weight[size_t(c * positions + p)] * map[size_t(t)])),
+                   "normalised spikes");
+        }
+        auto grad_v = zeros(features);
+        float grad_map = 0;
+        for (int64_t t = steps - 1; t >= 0; --t) {
+          grad_map *= decays[1];
+          for (int64_t c = 0; c < features; ++c) {
+            grad_map -= weight[size_t(c * positions + p)] * of(gradient, t, c);
+            weight_total[size_t(c * positions + p)] -= double(of(gradient, t, c) * map[size_t(t)]);
+          }
+          norm_decay_total += double(grad_map * ((t ? map[size_t(t - 1)] : 0) - share * s[size_t(t)]));
+          for (int64_t c = 0; c < features; ++c) {
+            const float grad_u =
+                neuron.step_back(u[size_t(t * features + c)], of(gradient, t, c) + gain * grad_map, grad_v[size_t(c)]);
+            decay_total += double(grad_u * before[size_t(t * features + c)]);
+            demand(near(to_state(found.grad_x[at(t, c)]), grad_u, unit), "dL/dx with normalisation");
+          }
+        }
+      }
+    for (int64_t i = 0; i < weights; ++i) {
+      double total = 0;
+      for (int64_t group = 0; group < groups; ++group) total += double(found.grad_weight[size_t(group * weights + i)]);
+      demand(near(float(total), float(weight_total[size_t(i)]), 1e-5f), "dL/dU");
+    }
+    for (const auto* array : {&found.sums, &found.maps, &found.states})
+      for (const float value : *array) demand(!std::isnan(value), "everything is written");
+    double totals[2] = {0, 0};
+    for (size_t i = 0; i < found.grad_decays.size(); ++i) totals[i % 2] += double(found.grad_decays[i]);
+    demand(std::abs(totals[0] - decay_total) <= 1e-3, "dL/ddecay");
+    demand(std::abs(totals[1] - norm_decay_total) <= 1e-3, "dL/dnorm_decay");
+  }
+
+  void check() const {
+    constexpr int kShared = 64 * 1024;
+    const Found first = run(false, 8, kShared);
+    expect(first);
+    all_read_once = all_read_once && first.once;
+    for (const bool channels_last : {false, true})
+      for (const int widest : {8, 1})
+        for (const int shared_bytes : {kShared, 0}) {
+          if (!channels_last && widest == 8 && shared_bytes > 0) continue;
+          const Found found = run(channels_last, widest, shared_bytes);
+          expect(found);
+          demand(found == first, "bits of another order, tile or memory");
+          all_read_once = all_read_once && (found.once || shared_bytes == 0);  // else gradients are read again
+        }
+  }
+};
+
+template <class Scalar>
+void check_neunorm(int64_t steps, int64_t batch, int64_t features, int64_t positions, int64_t groups) {
+  NeuNormCheck<Scalar>{steps, batch, features, positions, groups}.check();
 }
 
 }  // namespace
@@ -314,13 +412,13 @@ int main() {
         }
     check_large();
   }
-  for (const int shared_bytes : {0, 48 * 1024}) {
-    check_neunorm(2 * kNeuNormChunk + 3, 2, 5, kMostStrip + 1, 1, shared_bytes);
-    check_neunorm(kNeuNormChunk + 1, 3, 3, 1, 2, shared_bytes);
-    check_neunorm(2 * kNeuNormChunk, 2, 9, 6, 1, shared_bytes);
-    check_neunorm(kNeuNormChunk + 3, 1, 17, 2, 1, shared_bytes);
-    check_neunorm(3, 1, 1, kMostStrip, 1, shared_bytes);
-  }
+  // Whole packs and teams; features that are no packs, and positions that are no pairs; some of all.
+  check_neunorm<float>(2 * kNeuNormChunk + 3, 3, 44, 5, 2);
+  check_neunorm<float>(kNeuNormChunk + 1, 2, 15, 9, 1);
+  check_neunorm<float>(3, 1, 32, 1, 1);
+  check_neunorm<BFloat16>(kNeuNormChunk, 2, 36, 18, 1);
+  check_neunorm<BFloat16>(2 * kNeuNormChunk + 5, 1, 17, 2, 1);
+  check_neunorm<BFloat16>(2, 2, 8, 7, 2);
   demand(all_read_once, "more or less read than there is");
   std::puts("all the same");
 }

@@ -26,6 +26,8 @@ inline thread_local Index blockIdx, threadIdx;
 
 // The threads of a block meet here; run.h lets the others come.
 inline void __syncthreads();
+template <class T>
+T __shfl_xor_sync(unsigned threads, T value, int apart);
 
 // An array, and how much of it has been loaded.
 struct Counted {

@@ -15,11 +15,11 @@ void instantiate(const LifForward<Scalar>& forward, const LifBackward<Scalar>& b
                             [&](auto kernel, const auto& neuron) { kernel<<<1, 1>>>(forward, plan, neuron); });
   visit_lif_backward<Scalar>(options, plan,
                              [&](auto kernel, const auto& neuron) { kernel<<<1, 1>>>(backward, plan, neuron); });
-  visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
-    neunorm_forward<kNeuNormThreads><<<1, 1>>>(norm_forward, norm_plan, neuron);
-  });
   visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
-    neunorm_backward<kNeuNormThreads><<<1, 1>>>(norm_backward, norm_plan, neuron);
+    visit_neunorm_tile<Scalar>(norm_plan, [&](auto tile) {
+      neunorm_forward<decltype(tile)><<<1, 1>>>(norm_forward, norm_plan, neuron);
+      neunorm_backward<decltype(tile)><<<1, 1>>>(norm_backward, norm_plan, neuron);
+    });
   });
 }
 

@@ -7,9 +7,7 @@ namespace stbp::cuda {
 
 template void run_forward<STBP_SCALAR>(const LifForward<STBP_SCALAR>&, const LifOptions&, const LifPlan&, int64_t);
 template void run_backward<STBP_SCALAR>(const LifBackward<STBP_SCALAR>&, const LifOptions&, const LifPlan&, int64_t);
-template void run_neunorm_forward<STBP_SCALAR>(const NeuNormForward<STBP_SCALAR>&, const LifOptions&,
-                                               const NeuNormPlan&);
-template void run_neunorm_backward<STBP_SCALAR>(const NeuNormBackward<STBP_SCALAR>&, const LifOptions&,
-                                                const NeuNormPlan&);
+template void run_neunorm(const NeuNormForward<STBP_SCALAR>&, const LifOptions&, const NeuNormPlan&);
+template void run_neunorm(const NeuNormBackward<STBP_SCALAR>&, const LifOptions&, const NeuNormPlan&);
 
 }  // namespace stbp::cuda

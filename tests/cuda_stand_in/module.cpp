@@ -17,10 +17,8 @@ namespace stbp::cuda {
 #define STBP_ELSEWHERE(Scalar)                                                                                       \
   extern template void run_forward<Scalar>(const LifForward<Scalar>&, const LifOptions&, const LifPlan&, int64_t);   \
   extern template void run_backward<Scalar>(const LifBackward<Scalar>&, const LifOptions&, const LifPlan&, int64_t); \
-  extern template void run_neunorm_forward<Scalar>(const NeuNormForward<Scalar>&, const LifOptions&,                 \
-                                                   const NeuNormPlan&);                                              \
-  extern template void run_neunorm_backward<Scalar>(const NeuNormBackward<Scalar>&, const LifOptions&,               \
-                                                    const NeuNormPlan&);
+  extern template void run_neunorm(const NeuNormForward<Scalar>&, const LifOptions&, const NeuNormPlan&);            \
+  extern template void run_neunorm(const NeuNormBackward<Scalar>&, const LifOptions&, const NeuNormPlan&);
 STBP_ELSEWHERE(float)
 STBP_ELSEWHERE(double)
 STBP_ELSEWHERE(Half)
@@ -66,16 +64,17 @@ LifBackward<Scalar> backward(int64_t steps, int64_t neurons, const Array& x, con
 }
 
 template <class Scalar, class State = state_t<Scalar>>
-NeuNormForward<Scalar> neunorm_forward_of(std::array<int64_t, 4> shape, double norm_decay, bool squared, const Array& x,
-                                          const Array& weight, const Array& decays, const Array& normalised,
-                                          const Array& sums, const Array& maps, const Array& states) {
+NeuNormForward<Scalar> neunorm_forward_of(std::array<int64_t, 4> shape, double norm_decay, bool squared,
+                                          bool channels_last, const Array& x, const Array& weight, const Array& decays,
+                                          const Array& normalised, const Array& sums, const Array& maps,
+                                          const Array& states) {
   return {shape[0],
           shape[1],
           shape[2],
           shape[3],
           State(norm_decay),
           squared,
-          false,
+          channels_last,
           pointer<Scalar>(x),
           pointer<State>(weight),
           pointer<State>(decays),
@@ -87,17 +86,17 @@ NeuNormForward<Scalar> neunorm_forward_of(std::array<int64_t, 4> shape, double n
 
 template <class Scalar, class State = state_t<Scalar>>
 NeuNormBackward<Scalar> neunorm_backward_of(std::array<int64_t, 4> shape, double norm_decay, bool squared,
-                                            int64_t groups, const Array& x, const Array& weight, const Array& decays,
-                                            const Array& sums, const Array& maps, const Array& states,
-                                            const Array& grad_normalised, const Array& grad_x, const Array& grad_weight,
-                                            const Array& grad_decays, const Array& carried) {
+                                            bool channels_last, int64_t groups, const Array& x, const Array& weight,
+                                            const Array& decays, const Array& sums, const Array& maps,
+                                            const Array& states, const Array& grad_normalised, const Array& grad_x,
+                                            const Array& grad_weight, const Array& grad_decays, const Array& carried) {
   return {shape[0],
           shape[1],
           shape[2],
           shape[3],
           State(norm_decay),
           squared,
-          false,
+          channels_last,
           groups,
           pointer<Scalar>(x),
           pointer<State>(weight),
@@ -110,6 +109,11 @@ NeuNormBackward<Scalar> neunorm_backward_of(std::array<int64_t, 4> shape, double
           pointer<State>(grad_weight),
           pointer<State>(grad_decays),
           pointer<State>(carried)};
+}
+
+template <class Io>
+NeuNormPlan plan_of(const Io& io, const NeuNormSplit& split, int widest, int shared_bytes) {
+  return plan_neunorm(split, io, widest, {0, shared_bytes});
 }
 
 template <class Scalar>
@@ -126,10 +130,14 @@ void bind(py::module_ m) {
       .def("launch", &run_backward<Scalar>, py::arg("options"), py::arg("plan"), py::arg("first_block") = 0);
   py::class_<NeuNormForward<Scalar>>(m, "NeuNormForward")
       .def(py::init(&neunorm_forward_of<Scalar>))
-      .def("launch", &run_neunorm_forward<Scalar>);
+      .def("plan", &plan_of<NeuNormForward<Scalar>>)
+      .def("widest_pack", [](const NeuNormForward<Scalar>& io) { return widest_pack(io); })
+      .def("launch", &run_neunorm<NeuNormForward<Scalar>>);
   py::class_<NeuNormBackward<Scalar>>(m, "NeuNormBackward")
       .def(py::init(&neunorm_backward_of<Scalar>))
-      .def("launch", &run_neunorm_backward<Scalar>);
+      .def("plan", &plan_of<NeuNormBackward<Scalar>>)
+      .def("widest_pack", [](const NeuNormBackward<Scalar>& io) { return widest_pack(io); })
+      .def("launch", &run_neunorm<NeuNormBackward<Scalar>>);
 }
 
 template <template <class> class... Surrogate>
@@ -151,21 +159,22 @@ PYBIND11_MODULE(stand_in, m) {
     return plan_lif(steps, neurons, scalar_bytes, backward, widest, {processors, 0});
   });
   m.attr("neunorm_chunk") = kNeuNormChunk;
-  py::class_<NeuNormPlan>(m, "NeuNormPlan")
-      .def(py::init<int, int64_t, int64_t, int>(), py::arg("strip"), py::arg("strips"), py::arg("blocks"),
-           py::arg("shared_bytes"))
-      .def_readonly("strip", &NeuNormPlan::strip)
+  py::class_<NeuNormSplit>(m, "NeuNormSplit")
+      .def(py::init<int, int, int, int>(), py::arg("pack"), py::arg("teams"), py::arg("lanes"), py::arg("strip"))
+      .def_readonly("pack", &NeuNormSplit::pack)
+      .def_readonly("teams", &NeuNormSplit::teams)
+      .def_readonly("lanes", &NeuNormSplit::lanes)
+      .def_readonly("strip", &NeuNormSplit::strip);
+  py::class_<NeuNormPlan, NeuNormSplit>(m, "NeuNormPlan")
+      .def_readonly("tile_positions", &NeuNormPlan::tile_positions)
+      .def_readonly("tile_features", &NeuNormPlan::tile_features)
+      .def_readonly("rows", &NeuNormPlan::rows)
       .def_readonly("strips", &NeuNormPlan::strips)
       .def_readonly("blocks", &NeuNormPlan::blocks)
-      .def_readonly("shared_bytes", &NeuNormPlan::shared_bytes);
-  m.def("plan_neunorm_forward",
-        [](int64_t batch, int64_t features, int64_t positions, int scalar_bytes, int shared_bytes) {
-          return plan_neunorm_forward(batch, features, positions, scalar_bytes, {0, shared_bytes});
-        });
-  m.def("plan_neunorm_backward",
-        [](int64_t groups, int64_t features, int64_t positions, int scalar_bytes, int shared_bytes) {
-          return plan_neunorm_backward(groups, features, positions, scalar_bytes, {0, shared_bytes});
-        });
+      .def_readonly("tiles", &NeuNormPlan::tiles)
+      .def_readonly("shared_bytes", &NeuNormPlan::shared_bytes)
+      .def_property_readonly("threads", &NeuNormPlan::threads);
+  m.def("split_neunorm", &split_neunorm);
   m.def("neunorm_groups", &neunorm_groups);
   m.def("neunorm_strips", &neunorm_strips);
   py::class_<LifOptions>(m, "Options")

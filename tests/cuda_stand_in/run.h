@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace stbp::cuda {
@@ -60,10 +61,10 @@ std::vector<LifPlan> compiled_plans(int64_t steps, bool backward) {
   return plans;
 }
 
-// For kernels whose threads wait for each other: a block's threads have a stack each, and run in turn from one
-// __syncthreads() to the next. Where one is missing, a thread finds what another one has not yet written, or overwrites
-// what it has not yet read, every time.
-constexpr int kBlockThreads = 64;
+// For kernels whose threads wait for each other: a block's threads have a stack each, and run in turn from one meeting
+// to the next. Where one is missing, a thread finds what another one has not yet written, or overwrites what it has not
+// yet read, every time.
+enum class Meeting { kBarrier, kShuffle };
 #ifndef STBP_THREADS
 
 class Fibers {
@@ -90,20 +91,23 @@ class Fibers {
         threadIdx.x = i;
         swapcontext(&scheduler_, &contexts_[i]);
       }
-      if (waiting_ != 0 && waiting_ != contexts_.size()) {
-        std::fputs("threads of a block ended while others waited for them\n", stderr);
-        std::abort();
-      }
+      if (waiting_ != 0 && waiting_ != contexts_.size()) fail("threads of a block ended while others waited for them");
     } while (waiting_ != 0);
   }
 
   // Of the thread that runs, until all others have come as far.
-  static void wait() {
-    ++running_->waiting_;
+  static void wait(Meeting meeting) {
+    if (running_->waiting_++ == 0) running_->meeting_ = meeting;
+    if (running_->meeting_ != meeting) fail("threads of a block wait for each other at different places");
     swapcontext(&running_->contexts_[threadIdx.x], &running_->scheduler_);
   }
+  static unsigned threads() { return unsigned(running_->contexts_.size()); }
 
  private:
+  static void fail(const char* why) {
+    std::fprintf(stderr, "%s\n", why);
+    std::abort();
+  }
   static constexpr size_t kStack = 1 << 17;
   static inline Fibers* running_ = nullptr;
 
@@ -113,15 +117,16 @@ class Fibers {
   const void* body_;
   ucontext_t scheduler_{};  // AddressSanitizer reads its stack, which swapcontext() does not fill in
   size_t waiting_ = 0;
+  Meeting meeting_ = Meeting::kBarrier;
 };
 
 template <class Kernel>
-void launch_blocks(int64_t blocks, const Kernel& kernel) {
-  Fibers fibers(kBlockThreads, kernel);
+void launch_blocks(int64_t blocks, int threads, const Kernel& kernel) {
+  Fibers fibers(unsigned(threads), kernel);
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) fibers.run_block();
 }
 
-inline void wait_for_block() { Fibers::wait(); }
+inline void wait_for_block(Meeting meeting) { Fibers::wait(meeting); }
 
 #else
 
@@ -129,20 +134,20 @@ inline void wait_for_block() { Fibers::wait(); }
 // Two barriers for one: ThreadSanitizer takes what a thread does before it waits for known to all that leave, also to
 // one so late that the others have come to the next barrier, unless that is another.
 inline pthread_barrier_t barriers[2];
-inline void wait_for_block() {
+inline void wait_for_block(Meeting) {
   for (pthread_barrier_t& barrier : barriers) pthread_barrier_wait(&barrier);
 }
 
 template <class Kernel>
-void launch_blocks(int64_t blocks, const Kernel& kernel) {
-  for (pthread_barrier_t& barrier : barriers) pthread_barrier_init(&barrier, nullptr, kBlockThreads);
+void launch_blocks(int64_t blocks, int count, const Kernel& kernel) {
+  for (pthread_barrier_t& barrier : barriers) pthread_barrier_init(&barrier, nullptr, unsigned(count));
   std::vector<std::thread> threads;
-  for (unsigned i = 0; i < unsigned(kBlockThreads); ++i) {
+  for (unsigned i = 0; i < unsigned(count); ++i) {
     threads.emplace_back([&, i] {
       threadIdx.x = i;
       for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
         kernel();
-        wait_for_block();  // the next block has the same shared memory
+        wait_for_block(Meeting::kBarrier);  // the next block has the same shared memory
       }
     });
   }
@@ -152,24 +157,38 @@ void launch_blocks(int64_t blocks, const Kernel& kernel) {
 
 #endif
 
-template <class Scalar>
-void run_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, const NeuNormPlan& plan) {
-  const std::unique_ptr<unsigned char[]> shared(new unsigned char[size_t(plan.shared_bytes)]);
-  shared_memory = shared.get();
-  visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
-    launch_blocks(plan.blocks, [&] { neunorm_forward<kBlockThreads>(io, plan, neuron); });
-  });
-}
-
-template <class Scalar>
-void run_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options, const NeuNormPlan& plan) {
+// Runs a kernel with normalisation in as much shared memory as its plan says.
+template <class Io>
+void run_neunorm(const Io& io, const LifOptions& options, const NeuNormPlan& plan) {
+  using Scalar = std::remove_const_t<std::remove_pointer_t<decltype(io.x)>>;
   const std::unique_ptr<unsigned char[]> shared(new unsigned char[size_t(plan.shared_bytes)]);
   shared_memory = shared.get();
   visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
-    launch_blocks(plan.blocks, [&] { neunorm_backward<kBlockThreads>(io, plan, neuron); });
+    visit_neunorm_tile<Scalar>(plan, [&](auto tile) {
+      launch_blocks(plan.blocks, plan.threads(), [&] {
+        if constexpr (std::is_same_v<Io, NeuNormForward<Scalar>>) {
+          neunorm_forward<decltype(tile)>(io, plan, neuron);
+        } else {
+          neunorm_backward<decltype(tile)>(io, plan, neuron);
+        }
+      });
+    });
   });
 }
 
 }  // namespace stbp::cuda
 
-inline void __syncthreads() { stbp::cuda::wait_for_block(); }
+inline void __syncthreads() { stbp::cuda::wait_for_block(stbp::cuda::Meeting::kBarrier); }
+
+// All threads of a block have to come, which suits kernels whose warps all do the same.
+template <class T>
+T __shfl_xor_sync(unsigned threads, T value, int apart) {
+  using namespace stbp::cuda;
+  static T values[kNeuNormThreads];
+  if (threads != ~0u) std::abort();
+  values[threadIdx.x] = value;
+  wait_for_block(Meeting::kShuffle);
+  const T of_other = values[threadIdx.x ^ unsigned(apart)];
+  wait_for_block(Meeting::kShuffle);
+  return of_other;
+}
