@@ -6,12 +6,14 @@
 
 All are checked to give the same before they are timed. What must move is read and written once: the current and the
 normalised spikes forward, the current again and both gradients backward, 20 bytes for each neuron and step in float32
-and 10 in half types; the auxiliary map is a C-th of that. Prints a table, writes neunorm-<device>.json and .png.
+and 10 in half types; the auxiliary map is a C-th of that. Each layer is timed contiguous and in channels_last. Prints a
+table, writes neunorm-<device>.json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 from typing import Any
@@ -36,6 +38,7 @@ SHAPES = (
 )
 QUICK_SHAPES = (SHAPES[2], SHAPES[5])
 DTYPES = ("float32", "bfloat16")
+ORDERS = ("contiguous", "channels_last")  # of the input and of the gradient that arrives
 PASSES = ("fwd", "fwd+bwd")
 LEAST = 2.0  # times as fast as the two layers, forward and backward
 
@@ -81,10 +84,12 @@ def infer(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
         layer(x)
 
 
-def point(shape: tuple[int, ...], dtype: str, seconds: float, device: torch.device) -> list[dict[str, Any]]:
+def point(shape: tuple[int, ...], dtype: str, order: str, seconds: float, device: torch.device) -> list[dict[str, Any]]:
     generator = torch.Generator(device).manual_seed(1)
     number = getattr(torch, dtype)
     x, grad = (torch.randn(shape, generator=generator, device=device).to(number) for _ in range(2))
+    if order == "channels_last":
+        x, grad = (tensor.movedim(2, -1).contiguous().movedim(-1, 2) for tensor in (x, grad))
     x.requires_grad_()
     layers = contestants(shape[2:], device)
     results = {name: train(layer, x, grad) for name, layer in layers.items()}
@@ -104,6 +109,7 @@ def point(shape: tuple[int, ...], dtype: str, seconds: float, device: torch.devi
             {
                 "shape": shape,
                 "dtype": dtype,
+                "order": order,
                 "pass": name,
                 "times": times,
                 "moved_bytes": moved,
@@ -117,7 +123,7 @@ def point(shape: tuple[int, ...], dtype: str, seconds: float, device: torch.devi
 
 def row(found: dict[str, Any]) -> str:
     neurons = math.prod(found["shape"])
-    text = f"{' x '.join(map(str, found['shape'])):<22}{found['dtype']:<10}{found['pass']:<9}"
+    text = f"{' x '.join(map(str, found['shape'])):<22}{found['dtype']:<10}{found['order']:<14}{found['pass']:<8}"
     text += f"{1e9 * found['times']['NeuNormLIF']['median'] / neurons:>8.3f}{found['gb_per_s']:>8.1f}"
     text += f"{found['of_a_copy']:>8.0%}"
     return text + "".join(f"{ratio:>22.2f} x" for ratio in found["ratios"].values())
@@ -132,7 +138,7 @@ def summarise(points: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def picture(points: list[dict[str, Any]], machine: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(13, 5.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(13, 9), dpi=120, layout="constrained")
     figure.suptitle(f"Neurons with normalisation, {points[0]['dtype']}, on {harness.where(machine)}")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, name in zip(axes, reversed(PASSES), strict=True):
@@ -144,7 +150,9 @@ def picture(points: list[dict[str, Any]], machine: dict[str, Any]) -> Figure:
             colour = ("red", "tab:blue", "tab:gray")[i]
             bars = axis.barh(places, values, 0.25, label=label, color=colour)
             axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
-        axis.set_yticks(range(len(shown)), [" x ".join(map(str, found["shape"])) for found in shown])
+        axis.set_yticks(
+            range(len(shown)), [f"{' x '.join(map(str, found['shape']))}, {found['order']}" for found in shown]
+        )
         axis.set(title=name, xlabel="ns for each neuron and step")
         axis.margins(x=0.15)
         axis.grid(alpha=0.3, axis="x")
@@ -165,15 +173,15 @@ def main() -> None:
     dtypes = DTYPES[: 1 if args.quick else 2]
     name_of_result = f"neunorm-{device.type}{'-quick' if args.quick else ''}"
     points = harness.Points(args.out, name_of_result, machine)
-    print(f"{'T x B x C x H x W':<22}{'dtype':<10}{'pass':<9}{'ns':>8}{'GB/s':>8}{'copy':>8}", end="")
+    print(f"{'T x B x C x H x W':<22}{'dtype':<10}{'order':<14}{'pass':<8}{'ns':>8}{'GB/s':>8}{'copy':>8}", end="")
     print(f"{'LIFLayer + NeuNorm':>24}{'eager loop + NeuNorm':>24}")
-    with tqdm(total=len(shapes) * len(dtypes), disable=None) as bar:
-        for dtype in dtypes:
-            for shape in shapes:
-                for found in point(shape, dtype, args.seconds, device):
-                    points.append(found)
-                    bar.write(row(found))
-                bar.update()
+    cases = list(itertools.product(dtypes, shapes, ORDERS))
+    with tqdm(total=len(cases), disable=None) as bar:
+        for dtype, shape, order in cases:
+            for found in point(shape, dtype, order, args.seconds, device):
+                points.append(found)
+                bar.write(row(found))
+            bar.update()
     summary = summarise(points)
     for name, seen in summary.items():
         print(f"{name}: {seen['median']:.2f} x as fast as the two layers (median), at worst {seen['worst']:.2f} x")

@@ -176,7 +176,7 @@ def neunorm() -> str:
         rows.append(
             [
                 " x ".join(map(str, point["shape"])),
-                point["dtype"],
+                ", ".join([point["dtype"], *([point["order"]] if "order" in point else [])]),
                 point["pass"],
                 f"{1e9 * point['times']['NeuNormLIF']['median'] / every:.2f}",
                 *(times(ratio) for ratio in point["ratios"].values()),

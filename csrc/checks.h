@@ -53,6 +53,13 @@ inline ScalarType state_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(1, sizes[d])) strides[d] = stride;
+  return strides;
+}
+
 // The shape and memory order that the input shares with every other tensor of one call. The first dimension counts time
 // steps, or, where the batch is folded into it, steps * batch entries.
 struct Layout {
@@ -67,7 +74,7 @@ struct Layout {
           shape_string(sizes));
     neurons = x.numel() / steps;
     input_fits = is_dense_and_time_major();
-    if (!input_fits) make_contiguous();
+    if (!input_fits) strides = contiguous_strides(sizes);
   }
 
   // The shape of a tensor that has `count` entries where x has `steps`: 1 for a potential.
@@ -93,11 +100,6 @@ struct Layout {
   }
 
   bool sizes_are_empty() const { return std::find(sizes.begin(), sizes.end(), 0) != sizes.end(); }
-
-  void make_contiguous() {
-    int64_t stride = 1;
-    for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d]) strides[d] = stride;
-  }
 };
 
 inline size_t element_size(ScalarType type) {
@@ -119,26 +121,30 @@ inline Tensor empty_with(const std::vector<int64_t>& sizes, const std::vector<in
   return Tensor(handle);
 }
 
-// The tensor itself if its memory has the wanted order, else a copy that does.
-inline Tensor with_strides(const Tensor& tensor, const std::vector<int64_t>& strides) {
+inline bool has_strides(const Tensor& tensor, const std::vector<int64_t>& strides) {
   const auto own_sizes = tensor.sizes();
   const auto own_strides = tensor.strides();
   bool same = true;
   for (size_t d = 0; d < strides.size(); ++d) same &= own_sizes[d] == 1 || own_strides[d] == strides[d];
-  if (same || tensor.numel() == 0) return tensor;
+  return same || tensor.numel() == 0;
+}
+
+// The tensor itself if its memory has the wanted order, else a copy that does.
+inline Tensor with_strides(const Tensor& tensor, const std::vector<int64_t>& strides) {
+  if (has_strides(tensor, strides)) return tensor;
   Tensor copy = empty_with(sizes_of(tensor), strides, tensor.scalar_type(), tensor);
   torch::stable::copy_(copy, tensor);
   return copy;
 }
 
-// Checks a tensor that must go with x, and gives it x's memory order.
+// Checks a tensor that must go with x, and gives it a memory order.
 inline Tensor matching(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType type,
-                       const Layout& layout, const Tensor& x) {
+                       const std::vector<int64_t>& strides, const Tensor& x) {
   check(sizes_of(tensor) == sizes, name, " must have shape ", shape_string(sizes), ", got ",
         shape_string(sizes_of(tensor)));
   check(tensor.scalar_type() == type, name, " must have the dtype that goes with x's");
   check(tensor.device() == x.device(), name, " must be on the device of x");
-  return with_strides(tensor, layout.strides);
+  return with_strides(tensor, strides);
 }
 
 }  // namespace stbp

@@ -4,7 +4,7 @@
 // run the kernels; and new_tensor(sizes, strides, type, like), for results. For the neurons with normalisation,
 // kNeuNormChunk; kCarriesInMemory, whether gradients go from chunk to chunk through a tensor; neunorm_parts(io), into
 // how many groups of samples and strips of positions a device splits the backward pass; and neunorm_forward and
-// neunorm_backward.
+// neunorm_backward; and sum_groups(total, parts), which adds up the groups.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> lif_forward(const Tensor& x, const std::optio
   const Tensor input = layout.input_fits ? x : with_strides(x, layout.strides);
   std::optional<Tensor> initial;
   if (initial_potential)
-    initial = matching("initial_potential", *initial_potential, layout.sizes_for(1), state, layout, x);
+    initial = matching("initial_potential", *initial_potential, layout.sizes_for(1), state, layout.strides, x);
 
   const int64_t saved = save_states ? (steps - 1) / Device::kChunk : 0;
   const Tensor spikes = Device::new_tensor(layout.sizes, layout.strides, x.scalar_type(), x);
@@ -171,13 +171,13 @@ std::tuple<Tensor, Tensor> lif_backward(const Tensor& grad_spikes, const std::op
   const Layout layout(x, steps);
   const ScalarType state = state_type(x.scalar_type());
   const Tensor input = layout.input_fits ? x : with_strides(x, layout.strides);
-  const Tensor grad = matching("grad_spikes", grad_spikes, layout.sizes, x.scalar_type(), layout, x);
+  const Tensor grad = matching("grad_spikes", grad_spikes, layout.sizes, x.scalar_type(), layout.strides, x);
   std::optional<Tensor> initial, grad_last, kept;
   if (initial_potential)
-    initial = matching("initial_potential", *initial_potential, layout.sizes_for(1), state, layout, x);
-  if (grad_final) grad_last = matching("grad_final", *grad_final, layout.sizes_for(1), state, layout, x);
+    initial = matching("initial_potential", *initial_potential, layout.sizes_for(1), state, layout.strides, x);
+  if (grad_final) grad_last = matching("grad_final", *grad_final, layout.sizes_for(1), state, layout.strides, x);
   const int64_t saved = (steps - 1) / Device::kChunk;
-  if (saved) kept = matching("states", states, layout.sizes_for(saved), state, layout, x);
+  if (saved) kept = matching("states", states, layout.sizes_for(saved), state, layout.strides, x);
 
   const Tensor grad_x = Device::new_tensor(layout.sizes, layout.strides, x.scalar_type(), x);
   const Tensor grad_initial =
@@ -202,56 +202,49 @@ std::tuple<Tensor, Tensor> lif_backward(const Tensor& grad_spikes, const std::op
   return {grad_x, grad_initial};
 }
 
-// What the two operators with normalisation check, and the shapes of what goes with x [T, B, C, ...] or [T*B, C, ...]:
-// everything is contiguous.
+// What the two operators with normalisation check, and the shapes and the memory order of what goes with
+// x [T, B, C, ...] or [T*B, C, ...]: that of x where it is contiguous or channels_last, with the features innermost,
+// else contiguous. Where both are the same memory, that is called contiguous.
 struct NeuNormShape {
   int64_t steps, batch, features, positions;
-  std::vector<int64_t> sizes, space;  // of x; of positions
+  std::vector<int64_t> sizes, own;  // of x; of the weight
+  bool channels_last;
 
-  NeuNormShape(const Tensor& x, const Tensor& weight, int64_t steps_) : steps(steps_), sizes(sizes_of(x)) {
+  NeuNormShape(const Tensor& x, const Tensor& weight, int64_t steps_)
+      : steps(steps_), sizes(sizes_of(x)), own(sizes_of(weight)) {
     check(steps >= 1, "steps must be at least 1, got ", steps);
-    const std::vector<int64_t> own = sizes_of(weight);
     check(!own.empty(), "weight must have shape (C, ...), got ()");
     check(sizes.size() > own.size() && std::equal(own.begin(), own.end(), sizes.end() - int64_t(own.size())),
           "x must end in the shape of weight, ", shape_string(own), ", got ", shape_string(sizes));
     features = own[0];
-    space.assign(own.begin() + 1, own.end());
     positions = 1;
-    for (const int64_t size : space) positions *= size;
+    for (size_t d = 1; d < own.size(); ++d) positions *= own[d];
     check(features > 0, "weight must have at least one feature, got ", shape_string(own));
     int64_t samples = 1;
     for (size_t d = 0; d < sizes.size() - own.size(); ++d) samples *= sizes[d];
     check(samples % steps == 0, "the first dimensions of x must hold a multiple of steps = ", steps,
           " samples, got x of shape ", shape_string(sizes));
     batch = samples / steps;
+    channels_last = !has_strides(x, contiguous_strides(sizes)) && has_strides(x, features_innermost(sizes, own.size()));
+  }
+
+  // In the order of x, the strides of a tensor whose `last` last dimensions are features and positions.
+  std::vector<int64_t> strides_for(const std::vector<int64_t>& of, size_t last) const {
+    return channels_last ? features_innermost(of, last) : contiguous_strides(of);
   }
 
   bool empty() const { return batch * positions == 0; }
   std::vector<int64_t> maps() const { return {steps, batch, positions}; }
   std::vector<int64_t> states(int64_t chunk) const { return {(steps - 1) / chunk, batch, features, positions}; }
+
+ private:
+  static std::vector<int64_t> features_innermost(std::vector<int64_t> of, size_t last) {
+    std::rotate(of.end() - last, of.end() - last + 1, of.end());
+    std::vector<int64_t> strides = contiguous_strides(of);
+    std::rotate(strides.end() - last, strides.end() - 1, strides.end());
+    return strides;
+  }
 };
-
-inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d]) strides[d] = stride;
-  return strides;
-}
-
-template <class Device>
-Tensor new_contiguous(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
-  return Device::new_tensor(sizes, contiguous_strides(sizes), type, like);
-}
-
-// Checks a tensor that must go with x, and makes it contiguous.
-inline Tensor contiguous(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType type,
-                         const Tensor& x) {
-  check(sizes_of(tensor) == sizes, name, " must have shape ", shape_string(sizes), ", got ",
-        shape_string(sizes_of(tensor)));
-  check(tensor.scalar_type() == type, name, " must have the dtype that goes with x's");
-  check(tensor.device() == x.device(), name, " must be on the device of x");
-  return with_strides(tensor, contiguous_strides(sizes));
-}
 
 // -> spikes less U a; the sums of spikes and the maps a [T, B, P]; the state after every kNeuNormChunk-th step but the
 // last.
@@ -262,15 +255,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neunorm_lif_forward(const Tensor& x, 
   const LifOptions options = options_from(neuron, x);
   const NeuNormShape shape(x, weight, steps);
   const ScalarType type = x.scalar_type(), state = state_type(type);
-  const Tensor input = with_strides(x, contiguous_strides(shape.sizes));
-  const Tensor u = contiguous("weight", weight, sizes_of(weight), state, x);
+  const std::vector<int64_t> strides = shape.strides_for(shape.sizes, shape.own.size());
+  const std::vector<int64_t> of_maps = shape.maps(), of_states = shape.states(Device::kNeuNormChunk);
+  const Tensor input = with_strides(x, strides);
+  const Tensor u = matching("weight", weight, shape.own, state, shape.strides_for(shape.own, shape.own.size()), x);
   std::optional<Tensor> both;
-  if (decays) both = contiguous("decays", *decays, {2}, state, x);
+  if (decays) both = matching("decays", *decays, {2}, state, {1}, x);
 
-  const Tensor normalised = new_contiguous<Device>(shape.sizes, type, x);
-  const Tensor sums = new_contiguous<Device>(shape.maps(), state, x);
-  const Tensor maps = new_contiguous<Device>(shape.maps(), state, x);
-  const Tensor states = new_contiguous<Device>(shape.states(Device::kNeuNormChunk), state, x);
+  const Tensor normalised = Device::new_tensor(shape.sizes, strides, type, x);
+  const Tensor sums = Device::new_tensor(of_maps, contiguous_strides(of_maps), state, x);
+  const Tensor maps = Device::new_tensor(of_maps, contiguous_strides(of_maps), state, x);
+  const Tensor states = Device::new_tensor(of_states, shape.strides_for(of_states, 2), state, x);
   if (!shape.empty()) {
     visit_scalar(type, [&](auto number) {
       using Scalar = decltype(number);
@@ -281,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neunorm_lif_forward(const Tensor& x, 
                                       shape.positions,
                                       State(norm_decay),
                                       squared,
-                                      false,
+                                      shape.channels_last,
                                       input_pointer<Scalar>(input),
                                       input_pointer<State>(u),
                                       input_pointer<State>(both),
@@ -305,23 +300,28 @@ std::tuple<Tensor, Tensor, Tensor> neunorm_lif_backward(const Tensor& grad_norma
   const LifOptions options = options_from(neuron, x);
   const NeuNormShape shape(x, weight, steps);
   const ScalarType type = x.scalar_type(), state = state_type(type);
-  const Tensor input = with_strides(x, contiguous_strides(shape.sizes));
-  const Tensor grad = contiguous("grad_normalised", grad_normalised, shape.sizes, type, x);
-  const Tensor u = contiguous("weight", weight, sizes_of(weight), state, x);
+  const std::vector<int64_t> strides = shape.strides_for(shape.sizes, shape.own.size());
+  const std::vector<int64_t> of_weight = shape.strides_for(shape.own, shape.own.size());
+  const std::vector<int64_t> of_maps = shape.maps(), of_states = shape.states(Device::kNeuNormChunk);
+  const Tensor input = with_strides(x, strides);
+  const Tensor grad = matching("grad_normalised", grad_normalised, shape.sizes, type, strides, x);
+  const Tensor u = matching("weight", weight, shape.own, state, of_weight, x);
   std::optional<Tensor> both;
-  if (decays) both = contiguous("decays", *decays, {2}, state, x);
-  const Tensor sum = contiguous("sums", sums, shape.maps(), state, x);
-  const Tensor map = contiguous("maps", maps, shape.maps(), state, x);
-  const Tensor kept = contiguous("states", states, shape.states(Device::kNeuNormChunk), state, x);
+  if (decays) both = matching("decays", *decays, {2}, state, {1}, x);
+  const Tensor sum = matching("sums", sums, of_maps, state, contiguous_strides(of_maps), x);
+  const Tensor map = matching("maps", maps, of_maps, state, contiguous_strides(of_maps), x);
+  const Tensor kept = matching("states", states, of_states, state, shape.strides_for(of_states, 2), x);
 
   const auto [groups, strips] = Device::neunorm_parts(shape, type, return_grad_decays);
-  std::vector<int64_t> partial = sizes_of(weight);
+  std::vector<int64_t> partial = shape.own;
   partial.insert(partial.begin(), groups);
+  const std::vector<int64_t> of_partial = shape.strides_for(partial, shape.own.size());
   const bool carries = Device::kCarriesInMemory && shape.steps > Device::kNeuNormChunk;
-  const Tensor grad_x = new_contiguous<Device>(shape.sizes, type, x);
-  Tensor grad_weight = new_contiguous<Device>(partial, state, x);
-  Tensor grad_decays = return_grad_decays ? new_contiguous<Device>({groups, strips, 2}, state, x) : no_output(state, x);
-  const Tensor carried = carries ? new_contiguous<Device>(partial, state, x) : no_output(state, x);
+  const Tensor grad_x = Device::new_tensor(shape.sizes, strides, type, x);
+  Tensor grad_weights = Device::new_tensor(partial, of_partial, state, x);
+  Tensor grad_decays =
+      return_grad_decays ? Device::new_tensor({groups, strips, 2}, {strips * 2, 2, 1}, state, x) : no_output(state, x);
+  const Tensor carried = carries ? Device::new_tensor(partial, of_partial, state, x) : no_output(state, x);
   if (!shape.empty()) {
     visit_scalar(type, [&, groups = groups](auto number) {
       using Scalar = decltype(number);
@@ -332,7 +332,7 @@ std::tuple<Tensor, Tensor, Tensor> neunorm_lif_backward(const Tensor& grad_norma
                                        shape.positions,
                                        State(norm_decay),
                                        squared,
-                                       false,
+                                       shape.channels_last,
                                        groups,
                                        input_pointer<Scalar>(input),
                                        input_pointer<State>(u),
@@ -342,20 +342,22 @@ std::tuple<Tensor, Tensor, Tensor> neunorm_lif_backward(const Tensor& grad_norma
                                        input_pointer<State>(kept),
                                        input_pointer<Scalar>(grad),
                                        output_pointer<Scalar>(grad_x),
-                                       output_pointer<State>(grad_weight),
+                                       output_pointer<State>(grad_weights),
                                        output_pointer<State>(grad_decays),
                                        output_pointer<State>(carried)};
       Device::neunorm_backward(io, options, x.get_device_index());
     });
   } else {
-    torch::stable::zero_(grad_weight);
+    torch::stable::zero_(grad_weights);
     torch::stable::zero_(grad_decays);
   }
   // The order of these sums follows from the shape alone, too.
-  const auto sum_over = [](const Tensor& tensor, std::vector<int64_t> dims) {
-    return torch::stable::sum(tensor, torch::headeronly::IntHeaderOnlyArrayRef(dims));
-  };
-  return {grad_x, sum_over(grad_weight, {0}), return_grad_decays ? sum_over(grad_decays, {0, 1}) : grad_decays};
+  const std::vector<int64_t> over_parts{0, 1};
+  Tensor grad_weight = empty_with(shape.own, of_weight, state, x);
+  Device::sum_groups(grad_weight, grad_weights);
+  if (return_grad_decays)
+    grad_decays = torch::stable::sum(grad_decays, torch::headeronly::IntHeaderOnlyArrayRef(over_parts));
+  return {grad_x, with_strides(grad_weight, contiguous_strides(shape.own)), grad_decays};
 }
 
 }  // namespace stbp

@@ -404,8 +404,8 @@ def neunorm_lif(
     """:func:`lif` and :func:`neunorm` of its spikes, in one fused pass forward and one backward.
 
     Args:
-        x: input current ``[T, B, C, H, W]``, or ``[T*B, C, H, W]`` with ``steps=T``; as in :func:`lif`, but made
-            contiguous where it is not.
+        x: input current ``[T, B, C, H, W]``, or ``[T*B, C, H, W]`` with ``steps=T``; as in :func:`lif`, but used
+            as it is and kept where it is contiguous or channels_last, with the features innermost.
         weight: the trainable ``U [C, H, W]``.
         decay, norm_decay: the leaks of potential and auxiliary map, in [0, 1] (``k_tau1`` and ``k_tau2`` of
             arXiv:1809.05793). Floats, or tensors of one number each, which can then be learned and are not checked.

@@ -198,7 +198,7 @@ class NeuNormLIF(LIFLayer):
         """Run the layer on input current ``[T, B, C, H, W]``, or ``[T*B, C, H, W]`` with ``steps=T``.
 
         Returns:
-            The normalised spikes, in the shape and dtype of ``x``.
+            The normalised spikes, in the shape and dtype of ``x``, and in its memory order if that is channels_last.
 
         Raises:
             TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.neunorm_lif`.

@@ -139,8 +139,7 @@ class Network(nn.Module):
 
         Args:
             x: ``[T, B, *input_shape]``; or with ``steps=T`` ``[B, *input_shape]``, the same at every step. Convolutions
-                and :class:`stbp_cuda.LIFLayer` keep the memory order channels_last; with ``neunorm``,
-                :class:`stbp_cuda.NeuNormLIF` makes its input contiguous.
+                and neurons keep the memory order channels_last.
 
         Returns:
             ``[T, B, classes]``: the spikes of the last layer, or with Voting the votes.

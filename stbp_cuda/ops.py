@@ -242,6 +242,19 @@ def _lif_gradients(ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | No
 _refuse_second_derivatives = torch.autograd.function.once_differentiable(_lif_gradients)
 
 
+def _features_innermost(x: Tensor, last: int) -> bool:
+    """Whether the kernels take ``x``, whose ``last`` last dimensions are features and space, as channels_last."""
+    return not x.is_contiguous() and x.movedim(-last, -1).is_contiguous()
+
+
+def _empty_in_order(like: Tensor, size: tuple[int, ...], last: int, innermost: bool, dtype: torch.dtype) -> Tensor:
+    if not innermost:
+        return like.new_empty(size, dtype=dtype)
+    features = len(size) - last
+    moved = (*size[:features], *size[features + 1 :], size[features])
+    return like.new_empty(moved, dtype=dtype).movedim(-1, features)
+
+
 @torch.library.register_fake("stbp_cuda::neunorm_lif_forward")  # type: ignore[untyped-decorator]
 def _(
     x: Tensor, weight: Tensor, decays: Tensor | None, steps: int, neuron: str, norm_decay: float, squared: bool
@@ -250,11 +263,12 @@ def _(
     positions = math.prod(weight.shape[1:])
     batch = math.prod(x.shape[: x.dim() - weight.dim()]) // steps
     saved = (steps - 1) // chunk(x.device.type, "neunorm_")
+    innermost = _features_innermost(x, weight.dim())
     return (
-        x.new_empty(x.shape),
+        _empty_in_order(x, x.shape, weight.dim(), innermost, x.dtype),
         x.new_empty((steps, batch, positions), dtype=state),
         x.new_empty((steps, batch, positions), dtype=state),
-        x.new_empty((saved, batch, weight.shape[0], positions), dtype=state),
+        _empty_in_order(x, (saved, batch, weight.shape[0], positions), 2, innermost, state),
     )
 
 
@@ -273,7 +287,12 @@ def _(
     squared: bool,
     return_grad_decays: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(2 if return_grad_decays else 0)
+    last = weight.dim()
+    return (
+        _empty_in_order(x, x.shape, last, _features_innermost(x, last), x.dtype),
+        weight.new_empty(weight.shape),
+        weight.new_empty(2 if return_grad_decays else 0),
+    )
 
 
 class FusedNeuNormLIF(torch.autograd.Function):

@@ -147,8 +147,9 @@ def test_every_instruction_set(allowed: str, tmp_path: Path) -> None:
     assert chosen[1] == expected
     if expected == ops.build_info()["cpu_instruction_set"]:
         return  # the tests of this very run
-    tests = "agrees_with or element_by_element or gradcheck or nan_and_inf or no_cache_holds or half_types"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests/test_lif.py", "-k", tests]
+    tests = "agrees_with or element_by_element or gradcheck or nan_and_inf or no_cache_holds or half_types or same_bits"
+    files = [ROOT / "tests/test_lif.py", ROOT / "tests/test_neunorm.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", tests]
     run(*command, cwd=tmp_path, ATEN_CPU_CAPABILITY=allowed, STBP_CUDA_HYPOTHESIS="quick")
 
 

@@ -20,6 +20,14 @@ from stbp_cuda.layers import NeuNorm, NeuNormLIF
 from stbp_cuda.surrogate import SURROGATES
 
 CHUNK = ops.chunk("cpu", "neunorm_")
+ORDERS = ("contiguous", "channels_last")
+
+every_order = pytest.mark.parametrize("order", ORDERS)
+
+
+def in_order(x: Tensor, dims: int, order: str) -> Tensor:
+    """The same numbers in a memory order, where ``dims`` last dimensions are features and space."""
+    return x.movedim(-dims, -1).contiguous().movedim(-1, -dims) if order == "channels_last" else x.contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +37,8 @@ class Case:
     steps: int
     batch: int
     shape: tuple[int, ...]  # of one sample: features, and any number of dimensions of space
+    order: str = "contiguous"  # of the input
+    grad_order: str = "contiguous"  # of the gradient that arrives
     folded: bool = False
     decay: float = 0.25
     norm_decay: float = 0.8
@@ -46,13 +56,15 @@ cases = st.builds(
     Case,
     steps=st.one_of(st.integers(1, 10), st.sampled_from([CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])),
     batch=st.integers(0, 3),
-    shape=st.tuples(st.integers(1, 6)).flatmap(
+    shape=st.tuples(st.one_of(st.integers(1, 6), st.sampled_from([15, 16, 17, 33, 40]))).flatmap(
         lambda features: st.one_of(
             st.just(features),
             st.tuples(st.just(features[0]), st.sampled_from([0, 1, 7, 8, 15, 16, 17, 64, 65, 150])),
             st.tuples(st.just(features[0]), st.integers(1, 9), st.integers(1, 9)),
         )
     ),
+    order=st.sampled_from(ORDERS),
+    grad_order=st.sampled_from(ORDERS),
     folded=st.booleans(),
     decay=st.sampled_from([0.0, 0.1, 0.25, 0.9]),
     norm_decay=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
@@ -84,7 +96,8 @@ def random_tensors(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor,
 
 def run(case: Case, tensors: tuple[Tensor, Tensor, Tensor], **options: Any) -> Results:
     """The normalised spikes, dL/dx, dL/dweight and dL/d(both decays)."""
-    x, weight = (tensor.detach().clone().requires_grad_() for tensor in tensors[:2])
+    x = in_order(tensors[0], len(case.shape), case.order).detach().clone().requires_grad_()
+    weight = tensors[1].detach().clone().requires_grad_()
     decays: Any = (case.decay, case.norm_decay)
     both = torch.tensor(decays, dtype=weight.dtype, device=x.device, requires_grad=True)
     if case.learned:
@@ -104,7 +117,7 @@ def run(case: Case, tensors: tuple[Tensor, Tensor, Tensor], **options: Any) -> R
         steps=case.steps if case.folded else None,
         **options,
     )
-    result.backward(tensors[2])
+    result.backward(in_order(tensors[2], len(case.shape), case.grad_order))
     assert x.grad is not None
     assert weight.grad is not None
     return result.detach(), x.grad, weight.grad, both.grad
@@ -140,6 +153,7 @@ def assert_agree(ours: Results, theirs: Results, tensors: tuple[Tensor, Tensor, 
 @every_dtype
 @given(case=cases)
 @example(case=LARGE)
+@example(case=dataclasses.replace(LARGE, order="channels_last"))
 def test_agrees_with_the_reference(
     case: Case, surrogate: str, reset: str, detach_reset: bool, dtype: torch.dtype, device: str
 ) -> None:
@@ -152,14 +166,74 @@ def test_agrees_with_the_reference(
     assert_agree(ours, run(case, wide, backend="reference", **options), tensors)
 
 
+@every_dtype
+@given(
+    case=cases,
+    grad_order=st.sampled_from(ORDERS),
+    surrogate=st.sampled_from(list(SURROGATES)),
+    reset=st.sampled_from(functional.RESETS),
+)
+@example(case=LARGE, grad_order="channels_last", surrogate="sigmoid", reset="hard")
+@example(case=Case(CHUNK + 1, 2, (300, 20)), grad_order="contiguous", surrogate="atan", reset="soft")
+@example(case=Case(3, 70, (15, 9, 9)), grad_order="channels_last", surrogate="polynomial", reset="hard")
+def test_both_orders_give_the_same_bits(
+    case: Case, grad_order: str, surrogate: str, reset: str, dtype: torch.dtype, device: str
+) -> None:
+    tensors = random_tensors(case, dtype, device)
+    smooth = [False, True] if dtype == torch.float64 else [False]
+    for options in ({"surrogate": surrogate, "reset": reset, "smooth": value, "backend": "fused"} for value in smooth):
+        results = [
+            run(dataclasses.replace(case, order=order, grad_order=grad), tensors, **options)
+            for order, grad in (("contiguous", "contiguous"), ("channels_last", grad_order))
+        ]
+        for ours, other in zip(*results, strict=True):
+            assert (ours is None) == (other is None)
+            assert ours is None or torch.equal(ours, other)  # type: ignore[arg-type]
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("lead", "shape"),
+    [((6, 2), (5, 3, 4)), ((6, 2), (5, 7)), ((12,), (5, 3, 4)), ((6, 2), (1, 3, 4)), ((6, 2), (5, 1)), ((6, 2), (5,))],
+)
+def test_the_memory_order_is_kept_without_a_copy(
+    lead: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Also where both orders are the same memory: that is contiguous then."""
+    x, gradient = (in_order(torch.randn(lead + shape).to(dtype), len(shape), "channels_last") for _ in range(2))
+    x.requires_grad_()
+    layer = NeuNormLIF(shape, steps=6 if len(lead) == 1 else None, backend="fused")
+    with torch.profiler.profile(record_shapes=True) as profile:
+        result = layer(x)
+        result.backward(gradient)
+    copied = [event.input_shapes[0] for event in profile.events() if event.name == "aten::copy_"]
+    assert list(x.shape) not in copied
+    assert x.grad is not None
+    for tensor in (result, x.grad):
+        assert tensor.movedim(-len(shape), -1).is_contiguous()
+        assert tensor.is_contiguous() == x.is_contiguous()
+
+
+def test_another_order_is_made_contiguous(device: str) -> None:
+    x = torch.randn(3, 6, 4, 5, device=device).transpose(0, 1).requires_grad_()
+    layer = NeuNormLIF((4, 5), backend="fused").to(device)
+    result = layer(x)
+    (grad_x,) = torch.autograd.grad(result, x, torch.ones_like(result))
+    assert result.is_contiguous()
+    assert grad_x.is_contiguous()
+    assert torch.equal(result, layer(x.contiguous()))
+
+
 @every_surrogate
 @every_reset
+@every_order
 @pytest.mark.parametrize("scaling", functional.SCALINGS)
 @pytest.mark.parametrize("steps", [1, CHUNK + 2])
-def test_gradcheck(surrogate: str, reset: str, scaling: str, steps: int, device: str) -> None:
+def test_gradcheck(surrogate: str, reset: str, order: str, scaling: str, steps: int, device: str) -> None:
     """The fused float64 kernels with the smooth spike: gradients by the current, U and both decays."""
     generator = torch.Generator().manual_seed(7)
-    x = torch.randn(steps, 2, 3, 2, generator=generator, dtype=torch.float64).to(device).requires_grad_()
+    x = torch.randn(steps, 2, 3, 2, generator=generator, dtype=torch.float64).to(device)
+    x = in_order(x, 2, order).requires_grad_()
     weight = torch.randn(3, 2, generator=generator, dtype=torch.float64).to(device).requires_grad_()
     decays = [torch.tensor(value, dtype=torch.float64, device=device, requires_grad=True) for value in (0.6, 0.7)]
 
@@ -197,9 +271,10 @@ def test_by_hand() -> None:
     assert torch.equal(fused, expected)
 
 
+@every_order
 @pytest.mark.parametrize("dtype", functional.DTYPES, ids=str)
-def test_runs_and_threads_change_nothing(dtype: torch.dtype) -> None:
-    case = Case(CHUNK + 3, 9, (40, 9, 9))
+def test_runs_and_threads_change_nothing(dtype: torch.dtype, order: str) -> None:
+    case = Case(CHUNK + 3, 9, (40, 9, 9), order)
     tensors = random_tensors(case, dtype, "cpu")
     options = {"surrogate": "gaussian", "reset": "hard", "backend": "fused"}
     threads = torch.get_num_threads()
@@ -217,9 +292,10 @@ def test_runs_and_threads_change_nothing(dtype: torch.dtype) -> None:
             assert torch.equal(a, b)
 
 
-def test_kept_for_backward_is_the_input_and_little_else(device: str) -> None:
+@every_order
+def test_kept_for_backward_is_the_input_and_little_else(order: str, device: str) -> None:
     chunk = ops.chunk(device, "neunorm_")
-    x = torch.randn(2 * chunk + 1, 3, 4, 5, 5, device=device, requires_grad=True)
+    x = in_order(torch.randn(2 * chunk + 1, 3, 4, 5, 5, device=device), 3, order).requires_grad_()
     layer = NeuNormLIF((4, 5, 5)).to(device)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -229,9 +305,11 @@ def test_kept_for_backward_is_the_input_and_little_else(device: str) -> None:
     assert kept[0].data_ptr() == x.data_ptr()
 
 
-def operator_arguments(device: str, dtype: torch.dtype, learned: bool) -> tuple[list[Any], list[Any]]:
+def operator_arguments(
+    device: str, dtype: torch.dtype, learned: bool, order: str = "contiguous"
+) -> tuple[list[Any], list[Any]]:
     """For the operators forward and backward."""
-    x = torch.randn(CHUNK + 2, 2, 3, 4, 5, device=device).to(dtype)
+    x = in_order(torch.randn(CHUNK + 2, 2, 3, 4, 5, device=device).to(dtype), 3, order)
     weight = torch.randn(3, 4, 5, device=device, dtype=ops.state_dtype(dtype))
     decays = torch.tensor([0.5, 0.8], device=device, dtype=weight.dtype) if learned else None
     call = [x.shape[0], functional.check_options().neuron, 0.8, False]
@@ -240,10 +318,11 @@ def operator_arguments(device: str, dtype: torch.dtype, learned: bool) -> tuple[
     return forward, backward
 
 
+@every_order
 @pytest.mark.parametrize("dtype", functional.DTYPES, ids=str)
 @pytest.mark.parametrize("learned", [False, True])
-def test_opcheck(dtype: torch.dtype, learned: bool, device: str) -> None:
-    forward, backward = operator_arguments(device, dtype, learned)
+def test_opcheck(dtype: torch.dtype, learned: bool, order: str, device: str) -> None:
+    forward, backward = operator_arguments(device, dtype, learned, order)
     torch.library.opcheck(ops.neunorm_lif_forward, forward)
     torch.library.opcheck(ops.neunorm_lif_backward, backward)
 
@@ -373,16 +452,17 @@ def test_decays_are_learned(device: str) -> None:
     assert (layer.decay_logits.grad != 0).all()
 
 
+@every_order
 @pytest.mark.parametrize("learn_decays", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_without_a_graph_break(dynamic: bool, learn_decays: bool, device: str) -> None:
+def test_compile_without_a_graph_break(dynamic: bool, learn_decays: bool, order: str, device: str) -> None:
     torch._dynamo.reset()
     layer = NeuNormLIF((3, 4, 4), surrogate="sigmoid", learn_decays=learn_decays).to(device)
     with torch.no_grad():
         layer.weight.normal_()
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
     for steps in (3, CHUNK + 2):
-        x = torch.randn(steps, 2, 3, 4, 4, device=device).requires_grad_()
+        x = in_order(torch.randn(steps, 2, 3, 4, 4, device=device), 3, order).requires_grad_()
         gradient = torch.randn_like(x)
         results = []
         for run in (layer, compiled):
@@ -390,7 +470,7 @@ def test_compile_without_a_graph_break(dynamic: bool, learn_decays: bool, device
             result = run(x)
             results.append((result, *torch.autograd.grad(result, (x, *layer.parameters()), gradient)))
         for ours, expected in zip(*results, strict=True):
-            torch.testing.assert_close(ours, expected)
+            torch.testing.assert_close(ours, expected, check_stride=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -22,35 +22,32 @@ constexpr int kNeuNormStrip = 1024;
 // K of the neurons with normalisation. The potentials of a chunk of all features of a strip stay in the L2 cache.
 constexpr int kNeuNormChunk = 16;
 
-// What one thread does at once of the neurons with normalisation: a strip of positions, whole vectors of them but in
-// the last one, of one sample or one group of samples. All of it follows from the shape: so do the sums, for any number
-// of threads.
+// The most bytes of State in a row of neurons with their features innermost, if that is more than one position.
+constexpr int64_t kNeuNormRow = 2048;
+
+// The positions of one sample, or of one group of samples, are the work of several threads in strips. All of it follows
+// from the shape and the dtype, and so do the sums: for any number of threads, instruction set and memory order.
 struct NeuNormPlan {
-  int64_t length;  // of a strip
-  int64_t whole;   // strips of whole vectors
+  int64_t length;  // of a strip, in positions; the last one may be longer
   int64_t strips;
   int64_t groups;
 
   // `rows` of all features are in scratch memory.
-  NeuNormPlan(int64_t rows, int64_t batch, int64_t features, int64_t positions, int64_t state_size, int64_t lanes) {
-    constexpr int64_t kCache = 1 << 19;  // bytes of it that stay in the L2 cache
+  NeuNormPlan(int64_t rows, int64_t batch, int64_t features, int64_t positions, int64_t state_size) {
+    constexpr int64_t kLeast = 16;       // a strip begins where a cache line does, and has a whole vector
+    constexpr int64_t kCache = 1 << 19;  // bytes of scratch memory that stay in the L2 cache
     constexpr int64_t kTasks = 64;       // enough for that many threads
     length = kNeuNormStrip / state_size;
-    while (length > 16 && rows * features * state_size * length > kCache) length /= 2;
-    whole = (positions / lanes * lanes + length - 1) / length;
-    strips = whole + (positions % lanes != 0);
-    groups = std::min(batch, (kTasks + strips - 1) / std::max<int64_t>(1, strips));
-    groups = std::max<int64_t>(1, groups);
+    while (length > kLeast && rows * features * state_size * length > kCache) length /= 2;
+    strips = std::max<int64_t>(1, (positions / kLeast * kLeast + length - 1) / length);
+    groups = std::max<int64_t>(1, std::min(batch, (kTasks + strips - 1) / strips));
   }
 };
 
-// The rows of a thread's scratch memory: forward, the weight, potentials and spikes; backward, the weight, potentials,
-// the gradients of both, and for each step of a chunk the potentials and, where decays are learned, those after the
-// step before.
+// The rows of a thread's scratch memory, for each feature: forward, the weight, potentials and spikes; backward, the
+// weight, its gradient, and where they are needed, the gradients of the potentials and of the decay.
 constexpr int64_t kNeuNormForwardRows = 3;
-STBP_FN int64_t neunorm_backward_rows(int64_t steps, bool decays) {
-  return 4 + (steps < kNeuNormChunk ? steps : kNeuNormChunk) * (decays ? 2 : 1);
-}
+STBP_FN int64_t neunorm_backward_rows(int64_t steps, bool decays) { return 2 + (steps > kNeuNormChunk) + decays; }
 
 template <class Scalar>
 struct Kernels {
@@ -64,7 +61,6 @@ struct Kernels {
                           int64_t last, bool past_caches);
   void (*neunorm_backward)(const NeuNormBackward<Scalar>&, const LifOptions&, const NeuNormPlan&, int64_t first,
                            int64_t last, bool past_caches);
-  int64_t lanes;  // of a vector of State
 };
 
 // Whether every vector of a result [T, N] is aligned to its size, in every instruction set.
@@ -99,12 +95,12 @@ bool past_caches(const LifBackward<Scalar>& io) {
 template <class Scalar>
 bool past_caches(const NeuNormForward<Scalar>& io) {
   return io.steps * io.batch * io.features * io.positions * int64_t(2 * sizeof(Scalar)) > last_cache_bytes() / 4 * 3 &&
-         aligned_for_streams(io.normalised, io.positions);
+         aligned_for_streams(io.normalised, io.channels_last ? io.features : io.positions);
 }
 template <class Scalar>
 bool past_caches(const NeuNormBackward<Scalar>& io) {
   return io.steps * io.batch * io.features * io.positions * int64_t(3 * sizeof(Scalar)) > last_cache_bytes() / 4 * 3 &&
-         aligned_for_streams(io.grad_x, io.positions);
+         aligned_for_streams(io.grad_x, io.channels_last ? io.features : io.positions);
 }
 
 namespace portable {

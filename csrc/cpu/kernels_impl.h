@@ -163,8 +163,7 @@ namespace stbp::cpu::STBP_ISA {
 
 template <class Scalar>
 Kernels<Scalar> kernels() {
-  return {forward<Scalar>, backward<Scalar>, neunorm_forward<Scalar>, neunorm_backward<Scalar>,
-          kVectorBytes / int64_t(sizeof(state_t<Scalar>))};
+  return {forward<Scalar>, backward<Scalar>, neunorm_forward<Scalar>, neunorm_backward<Scalar>};
 }
 template Kernels<float> kernels<float>();
 template Kernels<double> kernels<double>();

@@ -102,6 +102,22 @@ struct Cpu {
               });
   }
 
+  // In turn. How torch's own sum rounds depends on where in memory a number lies.
+  static void sum_groups(const Tensor& total, const Tensor& parts) {
+    visit_scalar(total.scalar_type(), [&](auto number) {
+      using State = state_t<decltype(number)>;
+      const int64_t count = total.numel(), groups = parts.size(0);
+      State* const sum = output_pointer<State>(total);
+      const State* const part = input_pointer<State>(parts);
+      run_tasks((count + cpu::kBlock - 1) / cpu::kBlock, groups * cpu::kBlock, [&](int64_t first, int64_t last) {
+        const int64_t begin = first * cpu::kBlock, end = std::min(last * cpu::kBlock, count);
+        std::copy(part + begin, part + end, sum + begin);
+        for (int64_t g = 1; g < groups; ++g)
+          for (int64_t i = begin; i < end; ++i) sum[i] += part[g * count + i];
+      });
+    });
+  }
+
   static Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
                            const Tensor& like) {
     int64_t count = 1;
@@ -143,8 +159,7 @@ struct Cpu {
 
   template <class Scalar, class Shape>
   static cpu::NeuNormPlan neunorm_plan(const Shape& of, int64_t rows) {
-    const int64_t lanes = kernels<Scalar>().lanes;
-    return {rows, of.batch, of.features, of.positions, int64_t(sizeof(state_t<Scalar>)), lanes};
+    return {rows, of.batch, of.features, of.positions, int64_t(sizeof(state_t<Scalar>))};
   }
 };
 

@@ -54,6 +54,12 @@ struct Cuda {
   static void neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options, int device) {
     cuda::launch_neunorm_backward(io, options, device, current_stream(device));
   }
+  // torch's own sum: on CUDA its order is the same for every number of a result.
+  static void sum_groups(const Tensor& total, const Tensor& parts) {
+    const std::vector<int64_t> groups{0};
+    Tensor result = total;
+    torch::stable::sum_out(result, parts, torch::headeronly::IntHeaderOnlyArrayRef(groups));
+  }
   static Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
                            const Tensor& like) {
     return empty_with(sizes, strides, type, like);
