@@ -115,6 +115,11 @@ struct Block {
     ++cursor.tile;
     cursor.at += Tile::kFeatures > 1 || (cursor.tile & (plan.pack - 1)) == 0 ? plan.to_next_pack : plan.to_next_feature;
   }
+  __device__ __forceinline__ Cursor ahead(Cursor cursor, int tiles_further) const {
+#pragma unroll
+    for (int i = 0; i < tiles_further; ++i) next(cursor);
+    return cursor;
+  }
   // This thread's slots in shared memory, of so many for each tile; neighbours are 32 apart.
   template <class Slot>
   __device__ __forceinline__ Slot* slots(int of_tile) const {
@@ -199,7 +204,8 @@ template <class Tile, class Scalar, class Neuron>
 __global__ void __launch_bounds__(kNeuNormThreads, (kNeuNormForwardBlocks<Scalar>))
     neunorm_forward(const NeuNormForward<Scalar> io, const NeuNormPlan plan, Neuron neuron) {
   using State = state_t<Scalar>;
-  constexpr int kWidth = Tile::kWidth, kPositions = Tile::kPositions, kBuffers = Tile::kBuffers;
+  constexpr int kWidth = Tile::kWidth, kPositions = Tile::kPositions;
+  constexpr int kAhead = Tile::kAhead, kBuffers = kAhead > 0 ? kAhead : 1;
   constexpr bool kBinary = Neuron::kBinary;
   static_assert(kNeuNormChunk == 8, "a byte has a neuron's spikes of a chunk");
   using Bits = std::conditional_t<kWidth == 1, uint8_t, std::conditional_t<kWidth == 2, uint16_t, uint32_t>>;
@@ -220,19 +226,17 @@ __global__ void __launch_bounds__(kNeuNormThreads, (kNeuNormForwardBlocks<Scalar
       State v[kBuffers][kWidth];
       Cursor cursor = block.first(at);
       const auto fetch = [&](int j, int further) {
-        Cursor ahead = cursor;
-#pragma unroll
-        for (int i = 0; i < further; ++i) block.next(ahead);
+        const Cursor ahead = block.ahead(cursor, further);
         const bool there = ahead.tile < block.tiles;
         rows[j].load(io.x + (rows_at + ahead.at), row_bytes, there ? steps : 0);
         load_own(v[j], there && start > 0 ? io.states + (states_at - plan.row + ahead.at) : nullptr);
       };
-      each<Tile::kAhead>([&](int j) { fetch(j, j); });
+      each<kAhead>([&](int j) { fetch(j, j); });
       while (cursor.tile < block.tiles) {
 #pragma unroll
         for (int j = 0; j < kBuffers; ++j) {
           if (cursor.tile >= block.tiles) break;
-          if constexpr (Tile::kAhead == 0) fetch(j, 0);
+          if constexpr (kAhead == 0) fetch(j, 0);
           Bits bits = 0;
           Scalar* to = io.normalised + (rows_at + cursor.at);
           each_step(steps, [&](int k) {
@@ -256,7 +260,7 @@ __global__ void __launch_bounds__(kNeuNormThreads, (kNeuNormForwardBlocks<Scalar
             }
           }
           if (start + kNeuNormChunk < io.steps) store(io.states + (states_at + cursor.at), v[j]);
-          if constexpr (Tile::kAhead > 0) fetch(j, Tile::kAhead);
+          if constexpr (kAhead > 0) fetch(j, kAhead);
           block.next(cursor);
         }
       }
@@ -308,7 +312,8 @@ __global__ void __launch_bounds__(kNeuNormThreads, (kNeuNormBackwardBlocks<Scala
   using Rows = ChunkRows<Scalar, Tile>;
   using Part = typename Rows::Part;
   constexpr int kWidth = Tile::kWidth, kPositions = Tile::kPositions, kPart = Rows::kPart, kParts = Rows::kParts;
-  constexpr int kBuffers = Tile::kBuffers, kHalf = kNeuNormChunk / 2, kSlots = kNeuNormChunk * kParts;
+  constexpr int kAhead = kPositions > 1 ? 1 : Tile::kAhead, kBuffers = kAhead > 0 ? kAhead : 1;
+  constexpr int kHalf = kNeuNormChunk / 2, kSlots = kNeuNormChunk * kParts;
   __shared__ State scratch[kNeuNormScratch<Tile::kInWarp>];
   const Block<State, Tile> block(io, plan, scratch);
   if (io.decays) neuron.c.decay = io.decays[0];
@@ -341,20 +346,20 @@ __global__ void __launch_bounds__(kNeuNormThreads, (kNeuNormBackwardBlocks<Scala
         Rows upstream[kBuffers];
         Pack<State, kWidth> weight[kBuffers];
         State grad_weight[kBuffers][kWidth];
-        Cursor ahead = block.first(at), cursor = ahead;
-        const auto fetch = [&](int j) {
+        Cursor cursor = block.first(at);
+        const auto fetch = [&](int j, int further) {
+          const Cursor ahead = block.ahead(cursor, further);
           const bool there = ahead.tile < block.tiles;
           upstream[j].load(grad_y + ahead.at, row_bytes, there ? steps : 0);
           weight[j] = there ? Pack<State, kWidth>::load(io.weight + ahead.at) : Pack<State, kWidth>{};
           load_own(grad_weight[j], there && !(last && sample == from) ? grad_weights + ahead.at : nullptr);
-          block.next(ahead);
         };
-        each<Tile::kAhead>(fetch);
+        each<kAhead>([&](int j) { fetch(j, j); });
         while (cursor.tile < block.tiles) {
 #pragma unroll
           for (int j = 0; j < kBuffers; ++j) {
             if (cursor.tile >= block.tiles) break;
-            if constexpr (Tile::kAhead == 0) fetch(j);
+            if constexpr (kAhead == 0) fetch(j, 0);
             each_step(steps, [&](int k) {
               each<kWidth>([&](int e) {
                 grad_map[k][e % kPositions] += weight[j].get(e) * upstream[j].get(k, e);
@@ -364,7 +369,7 @@ __global__ void __launch_bounds__(kNeuNormThreads, (kNeuNormBackwardBlocks<Scala
             Part* const slot = slots + cursor.tile * kSlots * 32;
             if (held) each<kSlots>([&](int i) { slot[i * 32] = upstream[j].parts[i / kParts][i % kParts]; });
             store(grad_weights + cursor.at, grad_weight[j]);
-            if constexpr (Tile::kAhead > 0) fetch(j);
+            if constexpr (kAhead > 0) fetch(j, kAhead);
             block.next(cursor);
           }
         }

@@ -64,21 +64,22 @@ inline LifPlan plan_lif(int64_t steps, int64_t neurons, int scalar_bytes, bool b
 // from the order in memory: sums over features, strips and groups are rounded in this order, so that their bits follow
 // from the same.
 struct NeuNormSplit {
-  int pack;   // neighbouring features: pack n belongs to team n % teams
+  int pack;   // neighbouring features, 4 or 1: pack n belongs to team n % teams
   int teams;  // threads that share out the features of a position
   int lanes;  // neighbouring threads of a team where positions are innermost
   int strip;  // neighbouring positions over which the gradients of decays are summed; at most lanes
 };
 
-// The neurons that a thread moves at once: neighbours in memory. Either one position's features, a pack of 16 bytes
-// with channels_last; or one feature's positions, 2 for half types; or a single neuron, in either order.
+// The neurons that a thread moves at once: neighbours in memory. Either 4 features of a position, where features are
+// innermost (packs of 16 bytes, and of 8 of a half type: with 16 it runs short of registers); or 2 positions of a
+// feature, for half types; or a single neuron, in either order.
 template <int kPositions_, int kFeatures_>
 struct Tile {
   static constexpr int kPositions = kPositions_, kFeatures = kFeatures_, kWidth = kPositions * kFeatures;
   // All teams of a position are in one warp, and add up their sums by shuffles. Else in shared memory, with barriers.
   static constexpr bool kInWarp = kFeatures > 1;
-  // Tiles to load ahead while summing. Large ones have enough bytes under way without, and no registers to spare.
-  static constexpr int kAhead = kFeatures > 1 ? 0 : kPositions > 1 ? 1 : 2, kBuffers = kAhead > 0 ? kAhead : 1;
+  // Prefetch distance, in tiles, while summing. Packs have enough bytes under way without, and no registers to spare.
+  static constexpr int kAhead = kFeatures > 1 ? 0 : 2;
 };
 
 // How a kernel with normalisation is launched. Teams, lanes and strips are powers of 2.
