@@ -41,8 +41,8 @@ PARAMETERS = {
     "lif_backward": ("width",),
     "lif_forward_rows": ("rows", "width"),
     "lif_backward_rows": ("rows", "width"),
-    "neunorm_forward": ("threads",),
-    "neunorm_backward": ("threads",),
+    "neunorm_forward": ("positions", "features"),
+    "neunorm_backward": ("positions", "features"),
 }
 COUNTED = "90"  # the architecture whose instructions are counted
 # Rows that the kernels for any T load at once.
@@ -146,10 +146,10 @@ def template_arguments(text: str) -> list[str]:
 
 def parse(signature: str) -> tuple[str, dict[str, int], str] | None:
     """Name, parameters and neuron of a demangled kernel; None for another function."""
-    found = re.match(r"void stbp::cuda::(\w+)<(.*)>\(", signature.replace("(bool)", "").replace("(int)", ""))
+    found = re.match(r"void stbp::cuda::(\w+)<(.*)>\(", signature.replace("(int)", ""))
     if found is None:
         return None
-    arguments = template_arguments(found[2].replace("true", "1").replace("false", "0"))
+    arguments = template_arguments(re.sub(r"stbp::cuda::Tile<(\d+), (\d+)>", r"\1, \2", found[2]))
     values = [int(argument) for argument in itertools.takewhile(str.isdigit, arguments)]
     names = PARAMETERS[found[1]]
     if len(names) != len(values):

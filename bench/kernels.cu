@@ -273,12 +273,67 @@ void bench_lif(Bench& bench) {
   }
 }
 
+template <class Scalar>
+void bench_neunorm(Bench& bench) {
+  constexpr int64_t kSteps = 8, kBatch = 64;
+  const int64_t shapes[][2] = {{128, 32 * 32}, {256, 32 * 32}, {512, 16 * 16}, {1024, 8 * 8}};  // C, P
+  const LifOptions options{0.25, 0.75, 0.0, false, false, false, false, false, 0, 1.0};
+  std::printf("\n%s with normalisation, T 8, batch 64, %% of a copy\n", kName<Scalar>);
+  for (const auto& shape : shapes) {
+    const int64_t features = shape[0], positions = shape[1];
+    for (const bool channels_last : {false, true}) {
+      const int64_t weights = features * positions, all = kSteps * kBatch * weights, maps = kSteps * kBatch * positions;
+      const Array<Scalar> x(all, 1), gradient(all, 2), normalised(all), grad_x(all);
+      const Array<float> weight(weights, 3), sum(maps), map(maps);
+      const int64_t groups = neunorm_groups(kBatch, features, positions, sizeof(Scalar));
+      const Array<float> grad_weight(groups * weights);
+      NeuNormForward<Scalar> forward{};
+      NeuNormBackward<Scalar> backward{};
+      const auto set = [&](auto& io) {
+        io.steps = kSteps, io.batch = kBatch, io.features = features, io.positions = positions;
+        io.norm_decay = 0.8f, io.channels_last = channels_last;
+        io.x = x, io.weight = weight, io.sums = sum, io.maps = map;
+      };
+      set(forward), set(backward);
+      forward.normalised = normalised;
+      backward.groups = groups;
+      backward.grad_normalised = gradient, backward.grad_x = grad_x, backward.grad_weight = grad_weight;
+      std::printf("%5d x %5d %-14s", int(features), int(positions), channels_last ? "channels_last" : "contiguous");
+      const auto run = [&](const char* name, const auto& io, double bytes, auto compiled) {
+        const NeuNormSplit split = split_neunorm(features, positions, sizeof(Scalar));
+        const NeuNormPlan plan = plan_neunorm(split, io, widest_pack(io), bench.properties);
+        visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
+          visit_neunorm_tile<Scalar>(plan, [&](auto tile) {
+            const auto kernel = compiled(tile, neuron);
+            CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes));
+            const std::string what = text("kernel", name) + ", " + text("dtype", kName<Scalar>) + ", " +
+                                     text("features", features) + ", " + text("positions", positions) + ", " +
+                                     text("order", channels_last ? "channels_last" : "contiguous");
+            const double share = bench.point(what, bytes, [&] {
+              kernel<<<unsigned(plan.blocks), unsigned(plan.threads()), size_t(plan.shared_bytes)>>>(io, plan, neuron);
+            });
+            std::printf("  %s %5.1f", name, share);
+          });
+        });
+      };
+      run("neunorm_forward", forward, 2.0 * double(all) * sizeof(Scalar), [](auto tile, const auto& neuron) {
+        return neunorm_forward<decltype(tile), Scalar, std::decay_t<decltype(neuron)>>;
+      });
+      run("neunorm_backward", backward, 3.0 * double(all) * sizeof(Scalar), [](auto tile, const auto& neuron) {
+        return neunorm_backward<decltype(tile), Scalar, std::decay_t<decltype(neuron)>>;
+      });
+      std::printf("\n");
+    }
+  }
+}
+
 template <class... Scalar>
 struct ScalarList {};
 
 template <class... Scalar>
 void bench_all(Bench& bench, ScalarList<Scalar...>) {
   (bench_lif<Scalar>(bench), ...);
+  (bench_neunorm<Scalar>(bench), ...);
 }
 
 }  // namespace

@@ -1,7 +1,12 @@
 """The CUDA kernels as nvcc compiles them, without a GPU: what ptxas and cuobjdump say of them."""
 
+import re
+import subprocess
+from pathlib import Path
+
 import compiled
 import pytest
+import torch
 from compiled import MULTIPROCESSORS, SCALARS, Kernel
 
 COMPILED = [*(("float32", architecture) for architecture in MULTIPROCESSORS), ("bfloat16", "90"), ("float16", "75")]
@@ -49,6 +54,9 @@ def test_what_is_read() -> None:
     rows = compiled.parse(signature.replace("backward<4", "backward_rows<8, 4"))
     assert rows is not None
     assert rows[1] == {"rows": 8, "width": 4}
+    tile = compiled.parse(f"void stbp::cuda::neunorm_forward<stbp::cuda::Tile<1, 4>, float, {neuron} >({neuron})")
+    assert tile is not None
+    assert tile[:2] == ("neunorm_forward", {"positions": 1, "features": 4})
     code = """
         /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
         /*0010*/              @!P0 LDG.E.64.CONSTANT R8, desc[UR4][R2.64+0x10] ;
@@ -89,3 +97,21 @@ def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STBP_CUDA_BUILD", "0")
     with pytest.raises(FileNotFoundError, match="nvcc is neither"):
         compiled.find_tools()
+
+
+def test_the_kernels_alone_are_built_in_one_line(tmp_path: Path) -> None:
+    """bench/kernels.cu, with the line at its head but for the architecture of a GPU that need not be here."""
+    try:
+        nvcc, *_ = compiled.find_tools()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    source = compiled.ROOT / "bench" / "kernels.cu"
+    (line,) = re.findall(r"^//   nvcc (.*) -o kernels bench/kernels.cu && ./kernels ", source.read_text(), re.MULTILINE)
+    flags = line.replace("-arch=native", "-arch=sm_90").split()
+    program = tmp_path / "kernels"
+    said = compiled.run(nvcc, *flags, "-Xptxas", "-O0", "-DSCALARS=BFloat16", "-o", program, source)
+    assert "warning" not in said
+    if not torch.cuda.is_available():
+        done = subprocess.run([program], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith("cudaGetDeviceProperties")

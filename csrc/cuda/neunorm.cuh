@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kNeuNormThreads, (kNeuNormBackwardBlocks<Scala
   using Part = typename Rows::Part;
   constexpr int kWidth = Tile::kWidth, kPositions = Tile::kPositions, kPart = Rows::kPart, kParts = Rows::kParts;
   constexpr int kAhead = kPositions > 1 ? 1 : Tile::kAhead, kBuffers = kAhead > 0 ? kAhead : 1;
-  constexpr int kHalf = kNeuNormChunk / 2, kSlots = kNeuNormChunk * kParts;
+  constexpr int kGroup = kNeuNormChunk / (kParts > 1 ? 4 : 2), kSlots = kNeuNormChunk * kParts;
   __shared__ State scratch[kNeuNormScratch<Tile::kInWarp>];
   const Block<State, Tile> block(io, plan, scratch);
   if (io.decays) neuron.c.decay = io.decays[0];
@@ -418,54 +418,51 @@ __global__ void __launch_bounds__(kNeuNormThreads, (kNeuNormBackwardBlocks<Scala
           each<kPart>([&](int e) { before[e] = v[part * kPart + e]; });
 #pragma unroll
           for (int k = 0; k < kNeuNormChunk; ++k) {
-            if (k == kHalf && steps <= kHalf) break;
+            if (k % kGroup == 0 && k >= steps) break;
             each<kPart>([&](int e) {
               State unused;
               u[k][e] = neuron.step(v[part * kPart + e], rows.parts[k][part].get(e), unused);
             });
           }
           if constexpr (kParts == 1) fetch();
-          // Half a chunk's gradients at a time, as registers are short.
+          // The gradients of a few steps at a time, as registers are short.
 #pragma unroll
-          for (int first = kHalf; first >= 0; first -= kHalf) {
+          for (int first = kNeuNormChunk - kGroup; first >= 0; first -= kGroup) {
             if (first >= steps) continue;
-            State grad[kHalf]
-                      [kPart];  // the surrogate's derivative, then dL/du; past the last step of no use, and no harm
+            // The surrogate's derivative, then dL/du. What lies past the last step is not used.
+            State grad[kGroup][kPart];
             neuron.surrogate.visit([&](const auto& surrogate) {
-              each<kHalf * kPart>([&](int i) {
+              each<kGroup * kPart>([&](int i) {
                 const int k = i / kPart, e = i % kPart;
                 grad[k][e] = surrogate.derivative(u[first + k][e] - neuron.c.v_threshold);
               });
             });
-            Part upstream[kHalf];
+            Part upstream[kGroup];
             if (held) {
-              each<kHalf>([&](int k) { upstream[k] = slot[((first + k) * kParts + part) * 32]; });
+              each<kGroup>([&](int k) { upstream[k] = slot[((first + k) * kParts + part) * 32]; });
             } else {
               const Scalar* again = grad_y + here + part * kPart;
               advance(again, first * row_bytes);
-              each<kHalf>([&](int k) {
+              each<kGroup>([&](int k) {
                 upstream[k] = first + k < steps ? Part::load(again) : Part{};
                 advance(again, row_bytes);
               });
             }
 #pragma unroll
-            for (int k = kHalf - 1; k >= 0; --k) {
+            for (int k = kGroup - 1; k >= 0; --k) {
               if (first + k >= steps) continue;
               each<kPart>([&](int e) {
                 const State grad_spike = upstream[k].get(e) + grad_map[first + k][e % kPositions];
                 grad[k][e] = neuron.step_back(u[first + k][e], grad[k][e], grad_spike, grad_v[part * kPart + e]);
+                if (io.grad_decays)  // from the last step to the first, for any kGroup
+                  of_feature[e] += grad[k][e] * (first + k > 0 ? neuron.after(u[first + k - 1][e]) : before[e]);
               });
             }
             Scalar* grad_x = io.grad_x + at.neuron(start, 0) + here;
             advance(grad_x, first * row_bytes);
 #pragma unroll
-            for (int k = 0; k < kHalf; ++k) {
+            for (int k = 0; k < kGroup; ++k) {
               if (first + k >= steps) break;
-              if (io.grad_decays) {
-                each<kPart>([&](int e) {
-                  of_feature[e] += grad[k][e] * (first + k > 0 ? neuron.after(u[first + k - 1][e]) : before[e]);
-                });
-              }
               if constexpr (kParts == 1) store(grad_x, grad[k]);
               if constexpr (kParts == 1) advance(grad_x, row_bytes);
               if constexpr (kParts > 1) rows.parts[first + k][part] = Part::of(grad[k]);
