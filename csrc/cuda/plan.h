@@ -155,7 +155,19 @@ NeuNormPlan plan_neunorm(const NeuNormSplit& split, const Io& io, int scalar_byt
   static_cast<NeuNormSplit&>(plan) = split;
   const bool features_innermost = io.channels_last || io.positions == 1;
   plan.tile_features = features_innermost && scalar_bytes < 8 && widest >= 4 ? 4 : 1;
+  plan.packs = int(io.features / plan.pack / plan.teams);
+  plan.more_packs = int(io.features / plan.pack % plan.teams);
+  const int64_t tiles = (plan.packs + int64_t(plan.more_packs > 0)) * plan.pack / plan.tile_features;
+  plan.tiles = int(tiles);
+  const int scratch = plan.tile_features > 1 ? kNeuNormScratch<true> : kNeuNormScratch<false>;
+  const int64_t shared = device.shared_bytes - scratch * (scalar_bytes == 8 ? 8 : 4);
+  const auto held = [&] {
+    const int64_t threads = (plan.threads() + 31) / 32 * 32;
+    return tiles * threads * plan.tile_positions * plan.tile_features * held_bytes;
+  };
+  // Pairs, unless what waits for them does not fit, and for single neurons does.
   plan.tile_positions = !features_innermost && scalar_bytes < 4 && widest >= 2 ? 2 : 1;
+  if (plan.tile_positions > 1 && held() > shared && held() / 2 <= shared) plan.tile_positions = 1;
   plan.strips = (io.positions + plan.strip - 1) / plan.strip;
   if (plan.tile_features > 1) plan.lanes = plan.strip;
   // Pairs of all positions may need but half the lanes.
@@ -167,15 +179,7 @@ NeuNormPlan plan_neunorm(const NeuNormSplit& split, const Io& io, int scalar_byt
   plan.blocks = rows * groups;
   plan.samples = int(io.batch / groups);
   plan.more_samples = int(io.batch % groups);
-  plan.packs = int(io.features / plan.pack / plan.teams);
-  plan.more_packs = int(io.features / plan.pack % plan.teams);
-  const int64_t tiles = (plan.packs + int64_t(plan.more_packs > 0)) * plan.pack / plan.tile_features;
-  const int64_t threads = (plan.threads() + 31) / 32 * 32;
-  const int64_t bytes = tiles * threads * plan.tile_positions * plan.tile_features * held_bytes;
-  const int scratch_bytes =
-      (plan.tile_features > 1 ? kNeuNormScratch<true> : kNeuNormScratch<false>)*(scalar_bytes == 8 ? 8 : 4);
-  plan.tiles = int(tiles);
-  plan.shared_bytes = bytes <= device.shared_bytes - scratch_bytes ? int(bytes) : 0;
+  plan.shared_bytes = held() <= shared ? int(held()) : 0;
   plan.to_next_feature = io.channels_last ? 1 : io.positions;
   plan.to_next_pack = plan.to_next_feature * (plan.tile_features > 1 ? plan.teams * plan.pack  // from a pack's first
                                                                      : (plan.teams - 1) * plan.pack + 1);  // or last
