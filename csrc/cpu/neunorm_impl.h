@@ -207,11 +207,11 @@ STBP_FN void neunorm_forward_scan(const PositionTile<Lanes>& tile, Neuron neuron
   }
   fill(a, tile.positions, State(0));
 
+  const bool past_caches = tile.past_caches;
   const int64_t ahead = tile.channels_last ? at.step() : tile.rows_ahead() * io.positions;
   for (int64_t t = 0; t < io.steps; ++t) {
     for (int64_t c = 0; c < rows; ++c) {
       const Scalar* const current = io.x + at.neuron(t, c);
-      const Scalar* const result = tile.past_caches ? current : io.normalised + at.neuron(t, c);
       const auto x = lanes.read(current);
       auto fired = lanes.write(tile.numbers(spikes + c * stride));
       Value* const v = potentials + c * stride;
@@ -220,7 +220,6 @@ STBP_FN void neunorm_forward_scan(const PositionTile<Lanes>& tile, Neuron neuron
         neuron.step(v[i], x.get(i), spike);
         fired.set(i, spike);
         tile.prefetch(current + ahead, i);
-        tile.prefetch(result, i);
         return spike;
       });
       if ((t + 1) % kNeuNormChunk == 0 && t + 1 < io.steps) tile.store(io.states + at.neuron(t / kNeuNormChunk, c), v);
@@ -234,7 +233,10 @@ STBP_FN void neunorm_forward_scan(const PositionTile<Lanes>& tile, Neuron neuron
       const auto fired = lanes.read(tile.numbers(spikes + c * stride)), map = lanes.read(tile.numbers(beside));
       const Value* const weight = weights + c * stride;
       Scalar* const normalised = io.normalised + at.neuron(t, c);
-      for (int i = 0; i < width; ++i) tile.set_result(normalised, i, fired.get(i) - weight[i] * map.get(i));
+      for (int i = 0; i < width; ++i) {
+        tile.set_result(normalised, i, fired.get(i) - weight[i] * map.get(i));
+        if (!past_caches) tile.prefetch(normalised + ahead, i);
+      }
     }
   }
 }
@@ -297,10 +299,12 @@ STBP_FN void neunorm_backward_scan(const PositionTile<Lanes>& tile, Neuron neuro
   const int width = lanes.width();
   const int64_t rows = tile.rows(), stride = tile.stride();
   const bool learned = grad_decays != nullptr, past_caches = tile.past_caches;
-  const int64_t at_once = least(io.steps, kNeuNormChunk), grad_v_stride = io.steps > at_once ? stride : 0;
-  Value* next = tile.scratch((3 + learned) * rows + (3 + learned) * at_once + 4 + FeatureSum<Lanes>::row_count(tile));
+  const int64_t at_once = least(io.steps, kNeuNormChunk), next_row = tile.channels_last ? lanes.count : io.positions;
+  const bool several = io.steps > at_once;  // chunks, from one to the next of which dL/dv goes
+  Value* next =
+      tile.scratch((2 + several + learned) * rows + (3 + learned) * at_once + 5 + FeatureSum<Lanes>::row_count(tile));
   const auto take = [&](int64_t count) { return (next += count * stride) - count * stride; };
-  Value *const weights = take(rows), *const grad_weights = take(rows), *const grad_vs = take(rows);
+  Value *const weights = take(rows), *const grad_weights = take(rows), *const grad_vs = take(several ? rows : 1);
   Value *const of_decay = take(learned * rows), *const v = take(1);
   Value *const us = take(at_once), *const befores = take(learned * at_once);
   const MapGradient<Lanes> map{tile,
@@ -327,7 +331,7 @@ STBP_FN void neunorm_backward_scan(const PositionTile<Lanes>& tile, Neuron neuro
       const int steps = int(least(io.steps - start, kNeuNormChunk));
       map.go_back(io, at, start, steps);
       for (int64_t c = 0; c < rows; ++c) {
-        Value* const grad_v = grad_vs + c * grad_v_stride;
+        Value* const grad_v = grad_vs + (several ? c * stride : 0);
         if (start + steps == io.steps) tile.clear(grad_v);
         if (chunk > 0) {
           tile.load(v, io.states + at.neuron(chunk - 1, c));
@@ -343,7 +347,7 @@ STBP_FN void neunorm_backward_scan(const PositionTile<Lanes>& tile, Neuron neuro
             Value unused;
             if (learned) before[i] = v[i];
             u[i] = neuron.step(v[i], x.get(i), unused);
-            tile.prefetch(current + io.positions, i);
+            tile.prefetch(current + next_row, i);
             tile.prefetch(result, i);
           }
         }
@@ -360,7 +364,7 @@ STBP_FN void neunorm_backward_scan(const PositionTile<Lanes>& tile, Neuron neuro
             const Value grad_u = neuron.step_back(u[i], grad.get(i) + through_map.get(i), grad_v[i]);
             if (learned) grad_decay[i] = grad_decay[i] + grad_u * before[i];
             tile.set_result(grad_x, i, grad_u);
-            tile.prefetch(upstream + io.positions, i);
+            tile.prefetch(upstream + next_row, i);
           }
         }
       }
