@@ -4,18 +4,22 @@ One binary for every torch >= 2.10, with or without CUDA, and every Python >= 3.
 nvcc is found. Environment variables:
 
     STBP_CUDA_BUILD       0: no CUDA kernels; 1: fail where nvcc is missing
-    TORCH_CUDA_ARCH_LIST  the architectures to compile for, such as "8.0;9.0+PTX"
-    CUDA_HOME             where to look for nvcc first
+    TORCH_CUDA_ARCH_LIST  the architectures to compile for, such as "8.0;9.0+PTX" or "Ampere"; what nvcc does not
+                          know is left out
+    CUDA_HOME             where to look for nvcc first; one that does not work is passed over
     CXX, MAX_JOBS         the C++ compiler; how many compilations run at once
 """
 
+import hashlib
 import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -28,6 +32,7 @@ CXX_FLAGS = (
     "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wno-psabi"
 )
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false --threads 0 -Xcompiler -fPIC,-fvisibility=hidden"
+NVCC_ENVIRONMENT = {"TMPDIR": "."}  # nvcc does not escape the names of its temporary files
 TORCH_FLAGS = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL -DPy_LIMITED_API=0x030a0000"
 ISA_FLAGS = {
     "kernels_avx2": "-mavx2 -mf16c",
@@ -35,45 +40,186 @@ ISA_FLAGS = {
 }
 
 
+# The names that torch knows, with what it takes them for.
+NAMED_ARCHITECTURES = {
+    "Kepler": "3.5+PTX",
+    "Kepler+Tesla": "3.7",
+    "Maxwell": "5.0 5.2+PTX",
+    "Maxwell+Tegra": "5.3",
+    "Pascal": "6.0 6.1+PTX",
+    "Volta": "7.0+PTX",
+    "Volta+Tegra": "7.2",
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0 8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0 10.3 12.0 12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Rubin": "10.7+PTX",
+}
+
+
+def say(text):
+    print(f"stbp_cuda: {text}", flush=True)
+
+
+def output_of(*command, **options):
+    """What a program prints. RuntimeError with one line if it cannot be run, fails, or hangs."""
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=120, **options
+        )
+    except OSError as error:
+        raise RuntimeError(error.strerror) from None
+    except subprocess.TimeoutExpired:
+        raise RuntimeError("no answer within two minutes") from None
+    if done.returncode != 0:
+        lines = (done.stderr + done.stdout).strip().splitlines()
+        errors = [line for line in lines if re.search("error|fatal", line, re.IGNORECASE)]
+        raise RuntimeError(": ".join([f"exit status {done.returncode}", *[*errors, *lines][:1]]))
+    return done.stdout
+
+
+def link_to(folder, build):
+    """A link in `build` to a folder, as a name that ninja, the shell, make's rules and nvcc all take literally.
+
+    Another folder gets another name, so that ninja compiles anew.
+    """
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    if not (build / name).is_symlink():
+        (build / name).symlink_to(folder, target_is_directory=True)
+    return name
+
+
 def find_nvcc():
-    """nvcc from CUDA_HOME or PATH, else from the build requirements; None where there is none or it is unwanted."""
+    """The first nvcc that works: from CUDA_HOME, PATH or the build requirements. None if there is none, or unwanted."""
     wish = os.environ.get("STBP_CUDA_BUILD", "")
     if wish not in ("", "0", "1"):
         raise SystemExit(f"STBP_CUDA_BUILD must be 0 or 1, got {wish!r}")
     if wish == "0":
         return None
-    candidates = [Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"] if os.environ.get("CUDA_HOME") else []
-    candidates += [Path(found) for found in [shutil.which("nvcc")] if found]
+    folders = [Path(os.environ["CUDA_HOME"], "bin")] if os.environ.get("CUDA_HOME") else []
+    folders += os.get_exec_path()
     packages = importlib.util.find_spec("nvidia")
     for location in packages.submodule_search_locations if packages else []:
-        candidates += sorted(Path(location).glob("cu*/bin/nvcc"), reverse=True)
-    for nvcc in candidates:
-        if nvcc.is_file():
-            return nvcc.resolve()
+        folders += sorted(Path(location).glob("cu*/bin"), reverse=True)
+    reason = "nvcc is neither in CUDA_HOME, nor on PATH, nor in the environment"
+    for nvcc in dict.fromkeys(Path(os.path.realpath(Path(folder, "nvcc"))) for folder in folders):
+        if not os.path.isfile(nvcc):
+            continue
+        try:
+            try_nvcc(nvcc)
+        except RuntimeError as error:
+            reason = f"{nvcc} does not work ({error})"
+            say(f"{reason}; STBP_CUDA_BUILD=0 leaves the CUDA kernels out")
+        else:
+            return nvcc
     if wish == "1":
-        raise SystemExit("STBP_CUDA_BUILD=1, but nvcc is neither in CUDA_HOME, nor on PATH, nor in the environment")
+        raise SystemExit(f"STBP_CUDA_BUILD=1, but {reason}")
     return None
 
 
+def try_nvcc(nvcc):
+    """RuntimeError if it cannot compile and link a kernel, which also takes a host compiler that it supports."""
+    nvcc_version(nvcc)
+    if not default_architectures(known_architectures(nvcc)):
+        raise RuntimeError(f"it knows no architecture from {OLDEST_ARCHITECTURE / 10} on")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "trial.cu").write_text("__global__ void kernel() {}\n")
+        command = [f"{link_to(nvcc.parent, Path(folder))}/{nvcc.name}", "-std=c++17", "-cudart", "static", "-shared"]
+        command += ["-Xcompiler", "-fPIC", "trial.cu", "-o", "trial.so"]
+        output_of(*command, cwd=folder, env={**os.environ, **NVCC_ENVIRONMENT})
+
+
+def nvcc_version(nvcc):
+    found = re.search(r"release [\d.]+, V([\d.]+)", output_of(nvcc, "--version"))
+    if not found:
+        raise RuntimeError("it does not tell its version")
+    return found[1]
+
+
+def known_architectures(nvcc):
+    """As numbers: 90 is 9.0."""
+    return {int(number) for number in re.findall(r"compute_(\d+)\b", output_of(nvcc, "--list-gpu-arch"))}
+
+
 def architectures(nvcc):
-    """What to compile for, as strings like "9.0" or "9.0+PTX"."""
+    """What to compile for, as strings like "9.0" or "9.0+PTX": what is asked for, or the GPUs, as far as nvcc knows."""
+    known = known_architectures(nvcc)
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    if listed:
-        for name in listed:
-            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
-                raise SystemExit(f"TORCH_CUDA_ARCH_LIST must list architectures like 9.0 or 9.0+PTX, got {name!r}")
-        return listed
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        visible = subprocess.run(query, capture_output=True, text=True, check=False)
-        if visible.returncode == 0 and visible.stdout.strip():
-            return sorted(set(visible.stdout.split()))
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    numbers = sorted(int(n) for n in re.findall(r"compute_(\d+)\b", known) if int(n) >= OLDEST_ARCHITECTURE)
-    # The first of each generation: its code runs on the others, such as 8.0's on 8.6 and 8.9, and each takes long.
-    generations = {n // 10: f"{n // 10}.{n % 10}" for n in reversed(numbers)}
-    names = sorted(generations.values(), key=float)
-    return [*names[:-1], names[-1] + "+PTX"]
+    wanted = dict.fromkeys(listed_architectures(listed, known) if listed else gpu_architectures(known))
+    names = [name for name in wanted if knows(nvcc, known, name)]
+    if unknown := [name.removesuffix("+PTX") for name in wanted if name not in names]:
+        say(f"left out, as {nvcc} does not know them: {' '.join(unknown)}")
+    return names or default_architectures(known)
+
+
+def knows(nvcc, known, name):
+    number = name.removesuffix("+PTX").replace(".", "")
+    if number.isdigit():
+        return int(number) in known
+    try:  # one that has features of its own, such as 9.0a, and is in no list
+        output_of(nvcc, "--dryrun", f"-gencode=arch=compute_{number},code=sm_{number}", "-c", "any.cu")
+    except RuntimeError:
+        return False
+    return True
+
+
+def listed_architectures(listed, known):
+    """Those of TORCH_CUDA_ARCH_LIST, where torch's names may stand, too: "Ampere", "Kepler+Pascal", "Ada+PTX"."""
+    names = []
+    for item in listed:
+        for part in re.split(r"\+(?!Tegra|Tesla)", item):
+            if re.fullmatch(r"\d+\.\d[af]?", part):
+                names.append(part)
+            elif part in NAMED_ARCHITECTURES:
+                names += NAMED_ARCHITECTURES[part].split()
+            elif part == "Common":
+                names += default_architectures(known)
+            elif part == "All":
+                names += default_architectures(known, every=True)
+            elif part in ("Auto", "native"):
+                names += gpu_architectures(known)
+            elif part == "PTX" and names and item != part:
+                names[-1] = names[-1].removesuffix("+PTX") + "+PTX"
+            else:
+                raise SystemExit(
+                    "TORCH_CUDA_ARCH_LIST must list architectures like 9.0 or 9.0+PTX, or names like"
+                    f" {', '.join(NAMED_ARCHITECTURES)}, Common, All or native, got {item!r}"
+                )
+    return names
+
+
+def gpu_architectures(known):
+    """Those of the visible GPUs: for a newer one than nvcc knows, PTX of the newest before it."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    try:
+        lines = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split("\n")
+    except RuntimeError as error:
+        say(f"nvidia-smi does not work ({error})")
+        return []
+    names = []
+    for line in sorted({line.strip() for line in lines} - {""}):
+        if not re.fullmatch(r"\d{1,3}\.\d", line):
+            say(f"nvidia-smi does not tell a GPU's architecture, but {line[:100]!r}")
+            continue
+        gpu = int(line.replace(".", ""))
+        older = [number for number in known if OLDEST_ARCHITECTURE <= number < gpu]
+        names.append(line if gpu in known or not older else f"{max(older) / 10}+PTX")
+    return names
+
+
+def default_architectures(known, every=False):
+    """The first of each generation, or every one, and the newest also for what comes after.
+
+    The code of the first runs on the others, such as 8.0's on 8.6 and 8.9, and each takes long to compile.
+    """
+    numbers = sorted(number for number in known if number >= OLDEST_ARCHITECTURE)
+    first = {number // 10: number for number in reversed(numbers)}
+    names = [f"{number / 10}" for number in (numbers if every else sorted(first.values()))]
+    return [*names[:-1], *(f"{name}+PTX" for name in names[-1:])]
 
 
 def gencode_flags(names):
@@ -83,18 +229,29 @@ def gencode_flags(names):
         flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
         if name.endswith("+PTX"):
             flags.append(f"-gencode arch=compute_{number},code=compute_{number}")
-    return " ".join(flags)
+    return " ".join(dict.fromkeys(flags))
 
 
-def nvcc_version(nvcc):
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"release [\d.]+, V([\d.]+)", text).group(1)
+def cxx_command():
+    """CXX for build.ninja: a path, or a command with arguments."""
+    wish = os.environ.get("CXX") or "g++"
+    path = shutil.which(wish)
+    words = [os.path.abspath(path)] if path else shlex.split(wish)
+    if not shutil.which(words[0]):
+        raise RuntimeError(f"there is no C++ compiler {wish!r}: install one, or name yours in CXX")
+    return shlex.join(words).replace("$", "$$")
 
 
 class NinjaBuildExt(build_ext):
     """Compiles with ninja: flags per file, several files at once, and only what has changed."""
 
     def build_extension(self, ext):
+        try:
+            self.build_with_ninja(ext)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            raise SystemExit(f"stbp_cuda: {error}") from None
+
+    def build_with_ninja(self, ext):
         import torch  # a build requirement
 
         build = Path(self.build_temp).resolve()
@@ -102,49 +259,61 @@ class NinjaBuildExt(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
 
-        torch_root = Path(torch.__file__).parent
-        includes = [torch_root / "include", torch_root / "include/torch/csrc/api/include", *self.include_dirs]
+        # Everything is named by its place in the build folder, as paths may hold spaces, quotes, $, # and more.
+        csrc = link_to(ROOT / "csrc", build)
+        torch_root = link_to(Path(torch.__file__).parent, build)
+        includes = [f"{torch_root}/include", f"{torch_root}/include/torch/csrc/api/include"]
+        includes += [link_to(Path(path).resolve(), build) for path in self.include_dirs]
         flags = " ".join([TORCH_FLAGS, *(f"-isystem {path}" for path in includes)])
         nvcc = find_nvcc()
         names = architectures(nvcc) if nvcc else []
+        nvcc_command = f"{link_to(nvcc.parent, build)}/{nvcc.name}" if nvcc else ""
         nvcc_flags = f"{NVCC_FLAGS} {gencode_flags(names)}"
         if nvcc:
             version = nvcc_version(nvcc)
             if int(version.partition(".")[0]) >= 13:  # far smaller, and it needs no newer driver than 13 does
                 nvcc_flags += " --compress-mode=size"
-            print(f"stbp_cuda: CUDA kernels for {' '.join(names)} with {nvcc}")
+            say(f"CUDA kernels for {' '.join(names)} with {nvcc}")
             flags += (
                 f" -DSTBP_CUDA '-DSTBP_CUDA_COMPILER=\"nvcc {version}\"'"
                 f" '-DSTBP_CUDA_ARCHITECTURES=\"{' '.join(names)}\"'"
             )
         else:
-            print("stbp_cuda: no CUDA kernels: nvcc is missing or STBP_CUDA_BUILD=0")
+            say("no CUDA kernels: no nvcc works, or STBP_CUDA_BUILD=0")
 
         lines = [
-            f"cxx = {os.environ.get('CXX', 'g++')}",
+            f"cxx = {cxx_command()}",
             f"flags = {CXX_FLAGS} {flags}",
-            f"nvcc = {nvcc}",
+            f"nvcc = {nvcc_command}",
             f"nvcc_flags = {nvcc_flags}",
             # nvcc links its own runtime statically; the hidden copy cannot clash with torch's.
-            f"link = {f'{nvcc} -cudart static' if nvcc else '$cxx'}",
-            f"link_flags = -shared -Xlinker --exclude-libs=ALL -L{torch_root / 'lib'} -ltorch_cpu",
+            f"link = {'$nvcc -cudart static' if nvcc else '$cxx'}",
+            f"link_flags = -shared -Xlinker --exclude-libs=ALL -L{torch_root}/lib -ltorch_cpu",
             "rule cxx\n  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             "rule nvcc\n  command = $nvcc $nvcc_flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             "rule link\n  command = $link $in -o $out $link_flags",
         ]
         objects = []
-        for source in map(Path, ext.sources):
-            if source.parent.name == "cuda" and not nvcc:
+        for path in map(Path, ext.sources):
+            if path.parent.name == "cuda" and not nvcc:
                 continue
-            if source.stem in ISA_FLAGS and platform.machine() != "x86_64":
+            if path.stem in ISA_FLAGS and platform.machine() != "x86_64":
                 continue
-            rule = "nvcc" if source.suffix == ".cu" else "cxx"
-            objects.append(f"{source.parent.name}_{source.stem}.o")
-            lines.append(f"build {objects[-1]}: {rule} {ROOT / source}\n  isa = {ISA_FLAGS.get(source.stem, '')}")
-        lines.append(f"build {target}: link {' '.join(objects)}")
+            rule = "nvcc" if path.suffix == ".cu" else "cxx"
+            objects.append(f"{path.parent.name}_{path.stem}.o")
+            lines.append(
+                f"build {objects[-1]}: {rule} {csrc}/{path.relative_to('csrc')}\n  isa = {ISA_FLAGS.get(path.stem, '')}"
+            )
+        lines.append(f"build _C.so: link {' '.join(objects)}")
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([sys.executable, "-m", "ninja", "-C", build, *jobs], check=True)
+        environment = {**os.environ, **NVCC_ENVIRONMENT}
+        if subprocess.run([sys.executable, "-m", "ninja", "-C", build, *jobs], env=environment).returncode != 0:
+            raise RuntimeError(
+                "it does not compile, see above"
+                + (f"; STBP_CUDA_BUILD=0 leaves out the CUDA kernels, which {nvcc} compiles" if nvcc else "")
+            )
+        self.copy_file(str(build / "_C.so"), str(target))
 
 
 if __name__ == "__main__":  # tests and benchmarks load this file for its flags

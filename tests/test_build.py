@@ -1,6 +1,8 @@
 """The binary: what it says of itself, what it needs, every instruction set in it, other torches, and the packages."""
 
 import importlib.metadata
+import importlib.util
+import json
 import os
 import re
 import runpy
@@ -11,6 +13,7 @@ import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,18 +120,231 @@ def test_the_binary_is_small() -> None:
     assert Path(_C.__file__).stat().st_size < 25e6
 
 
-def test_default_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of each generation, of those that nvcc knows, and the newest also for what comes after."""
-    nvcc = tmp_path / "nvcc"
-    known = "compute_50 compute_75 compute_80 compute_86 compute_89 compute_90 compute_100 compute_103 compute_121"
-    nvcc.write_text(f"#!/bin/sh\nprintf '%s\\n' {known}\n")
-    nvcc.chmod(0o755)
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    monkeypatch.setattr(shutil, "which", lambda name: None)  # no nvidia-smi
-    architectures = runpy.run_path(str(ROOT / "setup.py"))["architectures"]
-    assert architectures(nvcc) == ["7.5", "8.0", "9.0", "10.0", "12.1+PTX"]
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0+PTX")
-    assert architectures(nvcc) == ["8.6", "9.0+PTX"]
+def write_script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+KNOWN = "compute_50 compute_75 compute_80 compute_86 compute_89 compute_90 compute_100 compute_103 compute_121"
+NVCC = f"""case "$*" in
+*--version*) echo "Cuda compilation tools, release 13.0, V13.0.88";;
+*--list-gpu-arch*) printf '%s\\n' {KNOWN};;
+*90a*) ;;
+*--dryrun*) exit 1;;
+esac"""
+DEFAULT = ["7.5", "8.0", "9.0", "10.0", "12.1+PTX"]  # one of each generation, the newest also for what comes after
+
+
+@pytest.fixture
+def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What setup.py defines, with no nvcc and no nvidia-smi but those in tmp_path."""
+    for name in ("STBP_CUDA_BUILD", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("", DEFAULT),
+        ("8.6;9.0+PTX", ["8.6", "9.0+PTX"]),
+        ("8.6 9.0a", ["8.6", "9.0a"]),
+        ("Ampere", ["8.0", "8.6+PTX"]),
+        ("Hopper", ["9.0+PTX"]),
+        ("Ampere+Hopper", ["8.0", "8.6+PTX", "9.0+PTX"]),
+        ("Turing;8.0+PTX Ada", ["7.5+PTX", "8.0+PTX", "8.9+PTX"]),
+        ("Common", DEFAULT),
+        ("All", ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.1+PTX"]),
+        ("Auto", DEFAULT),
+        ("native", DEFAULT),
+        # What nvcc does not know.
+        ("7.0", DEFAULT),
+        ("7.0;8.0;7.5a", ["8.0"]),
+        ("Kepler+Pascal", DEFAULT),
+        ("Maxwell+Tegra", DEFAULT),
+        ("Blackwell", ["10.0", "10.3", "12.1+PTX"]),
+    ],
+)
+def test_listed_architectures(
+    listed: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    assert setup["architectures"](write_script(tmp_path / "nvcc", NVCC)) == expected
+
+
+@pytest.mark.parametrize("listed", ["Amper", "90", "PTX", "9.0+SASS", "sm_90", "8.0,9.0"])
+def test_what_is_no_architecture_is_refused(
+    listed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    with pytest.raises(SystemExit, match=rf"TORCH_CUDA_ARCH_LIST must .*Ampere.*, got {re.escape(repr(listed))}"):
+        setup["architectures"](write_script(tmp_path / "nvcc", NVCC))
+
+
+@pytest.mark.parametrize(
+    ("nvidia_smi", "expected", "said"),
+    [
+        ("echo 9.0; echo 8.0; echo 9.0", ["8.0", "9.0"], ""),
+        ("echo 7.0", DEFAULT, "not know them: 7.0"),
+        ("echo 7.0; echo 8.9; echo 6.1", ["8.9"], "not know them: 6.1 7.0"),
+        ("echo 8.7", ["8.6+PTX"], ""),  # newer than what nvcc knows, as the next
+        ("echo 13.0", ["12.1+PTX"], ""),
+        ("echo [N/A]", DEFAULT, "[N/A]"),
+        ("echo 9.0; echo Unknown Error", ["9.0"], "Unknown Error"),
+        ("echo Failed to initialize NVML: Driver/library version mismatch", DEFAULT, "Failed to initialize NVML"),
+        ("echo No devices were found; exit 6", DEFAULT, "exit status 6: No devices were found"),
+        ("printf '\\377\\376'", DEFAULT, "does not tell"),
+        ("", DEFAULT, ""),
+    ],
+)
+def test_architectures_of_the_gpus(
+    nvidia_smi: str,
+    expected: list[str],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    setup: dict[str, Any],
+) -> None:
+    write_script(tmp_path / "nvidia-smi", nvidia_smi)
+    assert setup["architectures"](write_script(tmp_path / "nvcc", NVCC)) == expected
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert bool(printed) == bool(said)
+
+
+FAILING = "echo In file included from x; echo error: unsupported GNU version; exit 1"
+BROKEN = {  # a script, and what is said of it
+    "not executable": ("", "Permission denied"),
+    "no program": ("", "Exec format error"),
+    "an error": ("echo cannot load libtinfo.so.5 >&2; exit 127", "exit status 127: cannot load libtinfo.so.5"),
+    "nothing": ("", "does not tell its version"),
+    "too old": (NVCC.replace(KNOWN, "compute_35 compute_70"), "knows no architecture from 7.5 on"),
+    "an unsupported host compiler": (
+        NVCC.replace("*90a*)", f"*trial*) {FAILING};;\n*90a*)"),
+        "exit status 1: error: unsupported GNU version",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_an_nvcc_that_does_not_work(
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    setup: dict[str, Any],
+) -> None:
+    """The next is taken; where there is none, there are no CUDA kernels, unless they are demanded."""
+    script, message = BROKEN[kind]
+    broken = write_script(tmp_path / "cuda" / "bin" / "nvcc", script)
+    if kind == "not executable":
+        broken.chmod(0o644)
+    if kind == "no program":
+        broken.write_bytes(b"\x7fELF, but of another machine")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert setup["find_nvcc"]() is None
+    (line,) = capsys.readouterr().out.splitlines()
+    assert message in line
+    assert str(broken) in line
+    assert "STBP_CUDA_BUILD=0" in line
+
+    monkeypatch.setenv("STBP_CUDA_BUILD", "1")
+    with pytest.raises(SystemExit, match=f"STBP_CUDA_BUILD=1, but {re.escape(str(broken))} does not work"):
+        setup["find_nvcc"]()
+
+    good = write_script(tmp_path / "nvcc", NVCC)
+    assert setup["find_nvcc"]() == good.resolve()
+
+
+ODD = "it's $HOME `id` \"b #1 & (c); \\d %e *?[f] {g} ~<h>|!i"
+SOURCES = {
+    "csrc/answer.h": "#define ANSWER 42",
+    "csrc/cpu/ops.cpp": """#include <Python.h>
+#include <torch/headeronly/version.h>
+#include "../answer.h"
+namespace {
+#if defined(STBP_CUDA)
+const char* const compiler = STBP_CUDA_COMPILER " " STBP_CUDA_ARCHITECTURES;
+#else
+const char* const compiler = "";
+#endif
+PyObject* build_info(PyObject*, PyObject*) { return Py_BuildValue("sis", TORCH_VERSION, ANSWER, compiler); }
+PyMethodDef methods[] = {{"build_info", build_info, METH_NOARGS, ""}, {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+}  // namespace
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+""",
+    "csrc/cuda/kernel.cu": '#include "../answer.h"\n__global__ void kernel(int* x) { *x = ANSWER; }\n',
+    "stbp_cuda/__init__.py": "",
+}
+
+
+def write_project(project: Path) -> None:
+    """A package that is built as this one, of sources that compile in no time."""
+    for name, text in SOURCES.items():
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(text)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+
+
+def test_paths_with_odd_characters(tmp_path: Path, hasty_compiler: str) -> None:
+    """The sources, the environment, the compiler, the temporary files: with nvcc, too, where there is one."""
+    project = tmp_path / f"{ODD}: source"
+    write_project(project)
+    site = tmp_path / f"{ODD} site"
+    site.symlink_to(Path(torch.__file__).parent.parent)
+    compiler = tmp_path / "my $HOME (c++)"  # without quotes, which setuptools takes for those of a shell
+    compiler.symlink_to(hasty_compiler)
+    temporary = tmp_path / f"{ODD} tmp"
+    temporary.mkdir()
+    environment = {
+        "PYTHONPATH": str(site),
+        "CXX": str(compiler),
+        "TMPDIR": str(temporary),
+        "TORCH_CUDA_ARCH_LIST": "8.0",
+    }
+    nvcc = runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]()
+    if nvcc:
+        environment["CUDA_HOME"] = str(tmp_path / f"{ODD} cuda")
+        bin_folder = Path(environment["CUDA_HOME"]) / "bin"
+        bin_folder.mkdir(parents=True)
+        write_script(bin_folder / "nvcc", f'exec "{nvcc}" "$@"')
+
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    run(*build, cwd=project, **environment)
+    (project / "csrc" / "answer.h").write_text("#define ANSWER 43")  # ninja must know what a file includes
+    run(*build, cwd=project, **environment)
+    script = "import json, torch; from stbp_cuda import _C; print(json.dumps(_C.build_info()))"
+    version, answer, compiled = json.loads(run(sys.executable, "-c", script, cwd=project))
+    assert version in torch.__version__
+    assert answer == 43
+    assert bool(compiled) == bool(nvcc)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        ("/nowhere/c++", "stbp_cuda: there is no C++ compiler '/nowhere/c++': install one, or name yours in CXX"),
+        ("false", "stbp_cuda: it does not compile, see above"),
+    ],
+)
+def test_what_does_not_compile_ends_in_one_line(compiler: str, message: str, tmp_path: Path) -> None:
+    write_project(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env={**os.environ, "CXX": compiler, "STBP_CUDA_BUILD": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == message
 
 
 INSTRUCTION_SETS = {"default": "portable", "avx2": "AVX2", "avx512": "AVX-512"}
@@ -225,4 +441,6 @@ def test_source_distribution_and_wheel(tmp_path: Path, hasty_compiler: str) -> N
         "stbp_cuda/py.typed",
     }
     assert info + "licenses/LICENSE" in names
-    assert "License-Expression: MIT" in zipfile.ZipFile(wheel).read(info + "METADATA").decode()
+    metadata = zipfile.ZipFile(wheel).read(info + "METADATA").decode()
+    assert "License-Expression: MIT" in metadata
+    assert "Requires-Dist: numpy\n" in metadata  # without which torch warns
