@@ -81,12 +81,12 @@ def output_of(*command, **options):
     return done.stdout
 
 
-def link_to(folder, build):
+def link_to(folder, build, label):
     """A link in `build` to a folder, as a name that ninja, the shell, make's rules and nvcc all take literally.
 
     Another folder gets another name, so that ninja compiles anew.
     """
-    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    name = f"{label}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}"
     if not (build / name).is_symlink():
         (build / name).symlink_to(folder, target_is_directory=True)
     return name
@@ -127,9 +127,9 @@ def try_nvcc(nvcc):
         raise RuntimeError(f"it knows no architecture from {OLDEST_ARCHITECTURE / 10} on")
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "trial.cu").write_text("__global__ void kernel() {}\n")
-        command = [f"{link_to(nvcc.parent, Path(folder))}/{nvcc.name}", "-std=c++17", "-cudart", "static", "-shared"]
-        command += ["-Xcompiler", "-fPIC", "trial.cu", "-o", "trial.so"]
-        output_of(*command, cwd=folder, env={**os.environ, **NVCC_ENVIRONMENT})
+        program = f"{link_to(nvcc.parent, Path(folder), 'nvcc')}/{nvcc.name}"
+        options = "-std=c++17 -cudart static -shared -Xcompiler -fPIC trial.cu -o trial.so"
+        output_of(program, *options.split(), cwd=folder, env={**os.environ, **NVCC_ENVIRONMENT})
 
 
 def nvcc_version(nvcc):
@@ -260,14 +260,14 @@ class NinjaBuildExt(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
 
         # Everything is named by its place in the build folder, as paths may hold spaces, quotes, $, # and more.
-        csrc = link_to(ROOT / "csrc", build)
-        torch_root = link_to(Path(torch.__file__).parent, build)
+        csrc = link_to(ROOT / "csrc", build, "csrc")
+        torch_root = link_to(Path(torch.__file__).parent, build, "torch")
         includes = [f"{torch_root}/include", f"{torch_root}/include/torch/csrc/api/include"]
-        includes += [link_to(Path(path).resolve(), build) for path in self.include_dirs]
+        includes += [link_to(Path(path).resolve(), build, "include") for path in self.include_dirs]
         flags = " ".join([TORCH_FLAGS, *(f"-isystem {path}" for path in includes)])
         nvcc = find_nvcc()
         names = architectures(nvcc) if nvcc else []
-        nvcc_command = f"{link_to(nvcc.parent, build)}/{nvcc.name}" if nvcc else ""
+        nvcc_command = f"{link_to(nvcc.parent, build, 'nvcc')}/{nvcc.name}" if nvcc else ""
         nvcc_flags = f"{NVCC_FLAGS} {gencode_flags(names)}"
         if nvcc:
             version = nvcc_version(nvcc)
