@@ -76,7 +76,7 @@ def output_of(*command, **options):
         raise RuntimeError("no answer within two minutes") from None
     if done.returncode != 0:
         lines = (done.stderr + done.stdout).strip().splitlines()
-        errors = [line for line in lines if re.search("error|fatal", line, re.IGNORECASE)]
+        errors = [line for line in lines if re.search("error|fatal|cannot", line, re.IGNORECASE)]
         raise RuntimeError(": ".join([f"exit status {done.returncode}", *[*errors, *lines][:1]]))
     return done.stdout
 
@@ -127,9 +127,17 @@ def try_nvcc(nvcc):
         raise RuntimeError(f"it knows no architecture from {OLDEST_ARCHITECTURE / 10} on")
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "trial.cu").write_text("__global__ void kernel() {}\n")
-        program = f"{link_to(nvcc.parent, Path(folder), 'nvcc')}/{nvcc.name}"
-        options = "-std=c++17 -cudart static -shared -Xcompiler -fPIC trial.cu -o trial.so"
-        output_of(program, *options.split(), cwd=folder, env={**os.environ, **NVCC_ENVIRONMENT})
+        command = f"{cuda_link_command(nvcc, Path(folder))} -shared -std=c++17 -Xcompiler -fPIC trial.cu -o trial.so"
+        output_of(*command.split(), cwd=folder, env={**os.environ, **NVCC_ENVIRONMENT})
+
+
+def cuda_link_command(nvcc, build):
+    """nvcc links its own runtime statically, whose hidden copy cannot clash with torch's.
+
+    In the packages of the build requirements that is in lib, where nvcc does not look: it knows lib64.
+    """
+    folder = link_to(nvcc.parent, build, "nvcc")
+    return f"{folder}/{nvcc.name} -cudart static -L{folder}/../lib"
 
 
 def nvcc_version(nvcc):
@@ -286,8 +294,7 @@ class NinjaBuildExt(build_ext):
             f"flags = {CXX_FLAGS} {flags}",
             f"nvcc = {nvcc_command}",
             f"nvcc_flags = {nvcc_flags}",
-            # nvcc links its own runtime statically; the hidden copy cannot clash with torch's.
-            f"link = {'$nvcc -cudart static' if nvcc else '$cxx'}",
+            f"link = {cuda_link_command(nvcc, build) if nvcc else '$cxx'}",
             f"link_flags = -shared -Xlinker --exclude-libs=ALL -L{torch_root}/lib -ltorch_cpu",
             "rule cxx\n  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             "rule nvcc\n  command = $nvcc $nvcc_flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",

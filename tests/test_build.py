@@ -260,6 +260,27 @@ def test_an_nvcc_that_does_not_work(
     assert setup["find_nvcc"]() == good.resolve()
 
 
+def test_the_layout_of_nvidias_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The build requirements bring libraries in lib, and neither lib64 nor targets."""
+    find_nvcc = runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    said = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True, check=True).stderr
+    toolkit = Path(re.findall(r"^#\$ TOP=(.*)", said, re.MULTILINE)[0])
+    home = tmp_path / f"{ODD} cuda"
+    (home / "bin").mkdir(parents=True)
+    for program in (toolkit / "bin").iterdir():
+        if program.name in ("nvcc", "nvcc.profile"):
+            shutil.copy(program, home / "bin")
+        else:
+            (home / "bin" / program.name).symlink_to(program)
+    for name, folder in {"include": "include", "nvvm": "nvvm", "lib": "lib64"}.items():
+        (home / name).symlink_to((toolkit / folder).resolve())
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    assert find_nvcc() == home / "bin" / "nvcc"
+
+
 ODD = "it's $HOME `id` \"b #1 & (c); \\d %e *?[f] {g} ~<h>|!i"
 SOURCES = {
     "csrc/answer.h": "#define ANSWER 42",
