@@ -85,7 +85,7 @@ def fused_backend_problem(device: torch.device) -> str | None:
         return f"there are no fused kernels for device type {device.type!r}, only for cpu and cuda"
     built = _INFO["cuda_architectures"]
     if not built:
-        return "this build of stbp_cuda has no CUDA kernels (nvcc was not found when it was installed)"
+        return "this build of stbp_cuda has no CUDA kernels (no nvcc worked when it was installed)"
     capability = torch.cuda.get_device_capability(device)
     if any(_runs_on(name, capability) for name in built.split()):
         return None
