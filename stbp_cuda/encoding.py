@@ -3,15 +3,20 @@ recording."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .functional import check_steps
 
 __all__ = ["bernoulli", "direct", "event_frames"]
+
+BLOCK = 2**20  # events that are counted at once, at least
 
 
 def _check_floating(name: str, x: Tensor) -> None:
@@ -71,55 +76,102 @@ def direct(current: Tensor, steps: int) -> Tensor:
     return current.unsqueeze(0).expand(steps, *current.shape)
 
 
+def _whole(value: object) -> int | None:
+    """A whole number of any kind (NumPy's and 0-d tensors, too) as an int, None for all else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _check_field(events: Any, field: str, low: int, high: int) -> None:
+    values = events[field]
+    kinds = "biuf" if field == "p" else "iuf"
+    if values.dtype.kind not in kinds or values.ndim != 1:
+        raise TypeError(f"events must have one number as {field} of each event, got {events.dtype[field]}")
+    least, most = values.min(), values.max()
+    if not (low <= least and most <= high):  # also for NaN
+        raise ValueError(f"events must have {field} from {low} to {high}, got values from {least} to {most}")
+    if values.dtype.kind == "f":
+        fractional = values % 1 != 0
+        if fractional.any():
+            raise ValueError(f"events must have whole numbers as {field}, got {values[fractional.argmax()]}")
+
+
+def _windows(times: Any, start: Any, time_window: int, steps: int) -> Any:
+    """The window of each time, ``steps`` for those after the last one."""
+    if times.dtype.kind == "f":
+        edges = np.float64(start) + np.arange(1, steps + 1, dtype=np.float64) * time_window
+        return np.searchsorted(edges, times, side="right")
+    # Unsigned, so that no difference overflows.
+    since = times.astype(np.uint64) - np.asarray(start).astype(np.uint64)
+    return np.minimum(since // np.uint64(time_window), np.uint64(steps)).astype(np.intp)
+
+
 def event_frames(events: Any, sensor_size: Sequence[int], time_window: int, steps: int) -> Tensor:
     """The events of one recording counted in windows of equal length (N-MNIST and DVS-CIFAR10 in arXiv:1809.05793: 5 ms
-    each), by ``tonic.transforms.ToFrame``.
+    each).
 
     Window t holds the events from ``start + t * time_window`` up to, and without, ``start + (t + 1) * time_window``,
     with the first event for the start. What comes after the last window is left out, and windows after the end of the
-    recording are zero, so that all recordings are of one length.
+    recording are zero, so that all recordings are of one length. The ends of windows are exact for integer times; for
+    floating times they are computed in float64.
 
     Args:
-        events: a numpy structured array with the fields x, y, p (0 or 1) and t (microseconds, never falling), as the
-            data sets and readers of tonic give it.
+        events: a numpy structured array with the fields x, y, p and t, as the data sets and readers of tonic give it.
+            x and y are whole numbers, of an integer or a floating dtype. The polarity p is 0 or 1, False or True, or
+            -1 or 1. The time t in microseconds is an integer or floating number that never falls.
         sensor_size: ``(width, height, 2)``, as tonic gives it.
         time_window: the length of a window in microseconds, a whole number.
         steps: the number of windows T.
 
     Returns:
-        Counts ``[T, 2, H, W]`` in float32; channel p holds the events of polarity p.
+        Counts ``[T, 2, H, W]``, always in float32 and on the CPU; channel 1 holds the events of polarity 1, channel 0
+        all others. Counts up to 2**24 are exact, larger ones rounded to float32.
 
     Raises:
-        ImportError: tonic is not installed.
-        TypeError: ``events`` is not a structured array with these fields.
-        ValueError: an event lies outside of the sensor, the times fall, or another argument is out of range.
+        TypeError: ``events`` is not a one-dimensional structured array with these fields, or a field holds no numbers.
+        ValueError: an event lies outside of the sensor or between its pixels, has another polarity or a time that is
+            NaN or infinite; the times fall; or another argument is out of range.
     """
     check_steps(steps)
-    if isinstance(time_window, bool) or not isinstance(time_window, int) or time_window < 1:
-        raise ValueError(f"time_window must be a positive whole number of microseconds, got {time_window!r}")
-    sizes = tuple(sensor_size) if isinstance(sensor_size, Sequence) else ()
-    if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[2] != 2:
+    steps, window = operator.index(steps), _whole(time_window)
+    if window is None or not 1 <= window < 2**63:
+        raise ValueError(
+            f"time_window must be a positive whole number of microseconds below 2**63, got {time_window!r}"
+        )
+    sizes = [_whole(size) or 0 for size in sensor_size] if isinstance(sensor_size, Iterable) else []
+    if len(sizes) != 3 or min(sizes) < 1 or sizes[2] != 2:
         raise ValueError(f"sensor_size must be (width, height, 2), got {sensor_size}")
     fields = getattr(getattr(events, "dtype", None), "names", None) or ()
-    if not {"x", "y", "p", "t"} <= set(fields):
+    if not isinstance(events, np.ndarray) or not {"x", "y", "p", "t"} <= set(fields):
         raise TypeError(
             f"events must be a structured array with fields x, y, p and t; got {type(events).__name__} with {fields}"
         )
-    if len(events) == 0:  # for which tonic gives one frame, its height and width exchanged
-        return torch.zeros(steps, 2, sizes[1], sizes[0])
-    for field, size in zip("xyp", sizes, strict=True):
-        low, high = int(events[field].min()), int(events[field].max())
-        if low < 0 or high >= size:
-            raise ValueError(f"events must have {field} from 0 to {size - 1}, got values from {low} to {high}")
-    times = events["t"]
-    if (times[1:] < times[:-1]).any():
-        raise ValueError("events must be in the order of their times t")
-    try:
-        from tonic.transforms import ToFrame
-    except ImportError as error:
-        raise ImportError("event_frames needs tonic: pip install tonic") from error
-    # Start and end together make exactly `steps` windows. Without an end, tonic would end at the last event: it leaves
-    # out the window begun last, or with include_incomplete=True still an event on the edge of it.
-    start = int(times[0])
-    to_frame = ToFrame(sizes, time_window=time_window, start_time=start, end_time=start + steps * time_window)
-    return torch.from_numpy(to_frame(events)).float()
+    if events.ndim != 1:
+        raise TypeError(f"events must be a one-dimensional array, got shape {events.shape}")
+    width, height, _ = sizes
+    shape = (steps, 2, height, width)
+    counts = np.zeros(math.prod(shape), np.int64)
+    if len(events):
+        for field, low, high in (("x", 0, width - 1), ("y", 0, height - 1), ("p", -1, 1)):
+            _check_field(events, field, low, high)
+        times = events["t"]
+        if times.dtype.kind not in "iuf" or times.ndim != 1:
+            raise TypeError(f"events must have one number as t of each event, got {events.dtype['t']}")
+        if not (np.isfinite(times[0]) and np.isfinite(times.max())):  # the largest is NaN if any is
+            raise ValueError("events must have finite times t")
+        if (times[1:] < times[:-1]).any():
+            raise ValueError("events must be in the order of their times t")
+        if events["p"].min() < 0 and (events["p"] == 0).any():
+            raise ValueError("events must have p of 0 and 1, or of -1 and 1, got all three")
+        # In blocks, so that the indices take no more memory than the counts, or some megabytes.
+        block = max(len(counts), BLOCK)
+        for part in (events[first : first + block] for first in range(0, len(events), block)):
+            step = _windows(part["t"], times[0], window, steps)
+            part = part[step < steps]
+            index = step[step < steps]
+            for size, field in ((2, part["p"] > 0), (height, part["y"]), (width, part["x"])):
+                index = index * size + field.astype(np.intp)
+            counts += np.bincount(index, minlength=len(counts))
+    return torch.from_numpy(counts.astype(np.float32).reshape(shape))
