@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-import os
+import math
 import pickle
-import shutil
 import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from experiments import Settings
+from files import memory_limit, write
 from torch import Tensor
 from tqdm import tqdm
 
@@ -133,7 +134,7 @@ def mnist(folder: Path, cache: Path, settings: Settings) -> Data:
             (cache / "MNIST" / "raw").mkdir(parents=True, exist_ok=True)
             for name in names:
                 if not (cache / "MNIST" / "raw" / name).exists():
-                    shutil.copyfile(raw / f"{name}.gz", cache / "MNIST" / "raw" / f"{name}.gz")
+                    write(cache / "MNIST" / "raw" / f"{name}.gz", (raw / f"{name}.gz").read_bytes())
         train, test = (
             Part(part.data.unsqueeze(1), part.targets)
             for part in (MNIST(str(folder), train=train, download=True) for train in (True, False))
@@ -259,28 +260,44 @@ def nmnist(folder: Path, cache: Path, settings: Settings) -> Data:
 
 
 def read_dvs128(path: Path) -> Any:
-    """The events of a DVS128 recording: AEDAT 2.0, as DVS-CIFAR10 is distributed, or AEDAT 4, as tonic downloads it."""
-    import tonic
+    """The events of a DVS128 recording: AEDAT 2.0, as DVS-CIFAR10 is distributed, or AEDAT 4, as tonic downloads it.
 
+    Of AEDAT 2.0, events with bit 15 set are dropped (external ones, of no pixel), times that pass 2**32 go on, and
+    events are put in the order of their times."""
     if path.suffix == ".aedat4":
+        import tonic
+
         try:
             events = tonic.io.read_aedat4(str(path))
             events.dtype.names = ("t", "x", "y", "p")
             return events
         except ImportError as error:
             fail(f"AEDAT 4 files such as {path.name} need another package, pip install aedat: {error}")
-    with path.open("rb") as file:
-        if not file.read(10).startswith(b"#!AER-DAT2"):
-            raise ValueError("it does not begin like a file in AEDAT 2.0")
-    # tonic.io.read_dvs_128 fails in tonic 1.7.0, which gives its header three values and unpacks two.
-    version, start, *_ = tonic.io.read_aedat_header_from_file(str(path))
-    if (path.stat().st_size - start) % 8:
+    content = path.read_bytes()
+    if not content.startswith(b"#!AER-DAT2"):
+        raise ValueError("it does not begin like a file in AEDAT 2.0")
+    start = 0
+    while content[start : start + 1] == b"#":
+        start = content.find(b"\n", start) + 1
+        if not start:
+            raise ValueError("it ends within its header")
+    if (len(content) - start) % 8:
         raise ValueError("it ends within an event")
-    raw = tonic.io.get_aer_events_from_file(str(path), version, start)
-    address = raw["address"].astype(np.int64)
-    events = np.empty(len(raw), EVENTS)
+    address, ticks = np.frombuffer(content, ">u4", offset=start).astype(np.int64).reshape(-1, 2).T
+    if (address >> 16).any():
+        raise ValueError("it has addresses of more than 16 bits, which a DVS128 has not")
+    of_pixels = address >> 15 == 0  # the others come from outside of the sensor
+    address, ticks = address[of_pixels], ticks[of_pixels]
+    # Times are counted modulo 2**32. They may fall a little: from one event to the next they are taken to be as near as
+    # they can be.
+    change = (np.diff(ticks) + 2**31) % 2**32 - 2**31
+    if len(change) and change.min() < -(10**6):
+        raise ValueError(
+            f"its times fall by {-change.min() / 1e6:.1f} s: the clock was reset, or nothing happened for half an hour"
+        )
+    events = np.empty(len(address), EVENTS)
     events["x"], events["y"], events["p"] = 127 - (address >> 1 & 127), 127 - (address >> 8 & 127), 1 - (address & 1)
-    events["t"] = raw["timeStamp"]
+    events["t"] = np.cumsum(np.concatenate([ticks[:1], change]))
     return events[np.argsort(events["t"], kind="stable")]
 
 
@@ -307,6 +324,8 @@ def dvscifar10(folder: Path, cache: Path, settings: Settings) -> Data:
     files = sorted(path for name in CIFAR10_CLASSES for path in root.glob(f"{name}/*.aedat*"))
     labels = [CIFAR10_CLASSES.index(path.parent.name) for path in files]
     everything = binned(root, files, labels, read_dvscifar10, (42, 42, 2), settings, cache / "dvscifar10")
+    if len(files) < 2:
+        fail(f"DVS-CIFAR10: {root} has one recording, and one is needed for training and one for the test")
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(files)))
     train, test = order.tensor_split([len(order) * 4 // 5])
     parts = [Part(everything.inputs[index], everything.targets[index]) for index in (train, test)]
@@ -322,13 +341,20 @@ def binned(
     settings: Settings,
     path: Path,
 ) -> Part:
-    """Recordings as frames uint8 [S, T, 2, H, W], which are made once and kept in the cache as ``path``."""
+    """Recordings as frames uint8 [S, T, 2, H, W], counts above 255 as 255. They are made once and kept in the cache as
+    ``path``."""
+    if not files:
+        fail(f"{root} has recordings, but none in a folder that is named like a class")
     window = round(1000 * settings.time_window)
     listing = "".join(f"{file.relative_to(root)} {file.stat().st_size}\n" for file in files)
     key = hashlib.sha256(listing.encode()).hexdigest()[:12]
 
     def bin_all() -> tuple[Any, list[int]]:
-        frames = np.empty((len(files), settings.steps, 2, *sensor_size[1::-1]), np.uint8)
+        shape = (len(files), settings.steps, 2, *sensor_size[1::-1])
+        least = max(math.prod(shape), 16 * math.prod(shape[1:]))  # one recording is counted in int64, twice
+        if least > memory_limit():
+            fail(f"{settings.steps} steps of {len(files)} recording(s) take {least / 1e9:,.0f} GB, more than there is")
+        frames = np.empty(shape, np.uint8)
         for i, file in enumerate(tqdm(files, desc=f"binning {path.name}", unit="file", disable=None, leave=False)):
             try:
                 counts = stbp_cuda.encoding.event_frames(read(file), sensor_size, window, settings.steps)
@@ -347,10 +373,7 @@ def cached(path: Path, make: Callable[[], tuple[Any, list[int]]]) -> Part:
         arrays = make()
         path.parent.mkdir(parents=True, exist_ok=True)
         for file, array in zip((inputs, targets), arrays, strict=True):
-            part = file.with_name(f"{file.name}.{os.getpid()}.part")
-            with part.open("wb") as out:
-                np.save(out, np.asarray(array), allow_pickle=False)
-            part.replace(file)
+            write(file, partial(np.save, arr=np.asarray(array), allow_pickle=False))
     try:
         # Copy on write, for torch wants memory that may be written to.
         return Part(torch.from_numpy(np.load(inputs, mmap_mode="c")), torch.from_numpy(np.load(targets)).long())

@@ -1,6 +1,7 @@
 """The data sets of examples/, from small files in their real formats."""
 
 import dataclasses
+import errno
 import importlib
 import io
 import os
@@ -142,6 +143,61 @@ def test_a_bad_recording_is_named(content: bytes, message: str, data: Any, tmp_p
     assert not list(tmp_path.glob("cache/*"))
 
 
+def test_counts_of_events_saturate(data: Any, tmp_path: Path) -> None:
+    for part, count in (("Train", 40_000), ("Test", 256)):
+        write_nmnist(tmp_path, part, 3, "00001", [(3, 5, 1, 0)] * count + [(3, 6, 0, 0)] * 255)
+    loaded = data.load(settings("nmnist-mlp", steps=2), tmp_path, tmp_path / "cache")
+    for part in loaded.train, loaded.test:
+        assert part.inputs[0, 0, 1, 5, 3] == part.inputs[0, 0, 0, 6, 3] == 255
+        assert part.inputs.count_nonzero() == 2
+
+
+def test_a_recording_without_events_is_all_zero(data: Any, tmp_path: Path) -> None:
+    for part in "Train", "Test":
+        write_nmnist(tmp_path, part, 3, "00001", [])
+    loaded = data.load(settings("nmnist-mlp", steps=2), tmp_path, tmp_path / "cache")
+    assert loaded.train.inputs.shape == (1, 2, 2, 34, 34)
+    assert not loaded.train.inputs.any()
+    for i, header in enumerate((b"#!AER-DAT2.0\r\n", b"#!AER-DAT2.0\n# x\n")):
+        path = tmp_path / "CIFAR10DVS" / "cat" / f"{i}.aedat"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(header)
+        assert len(data.read_dvs128(path)) == 0
+    loaded = data.load(settings("dvscifar10", steps=2), tmp_path, tmp_path / "cache")
+    assert loaded.train.inputs.shape == (1, 2, 2, 42, 42)
+    assert not loaded.train.inputs.any()
+
+
+@pytest.mark.parametrize(("folders", "message"), [(["cats", "0"], "none in a folder"), (["cat"], "one recording")])
+def test_too_few_recordings(folders: list[str], message: str, data: Any, tmp_path: Path) -> None:
+    for folder in folders:
+        write_aedat(tmp_path / "CIFAR10DVS" / folder / "a.aedat", [(1, 2, 1, 5)])
+    with pytest.raises(SystemExit, match=message):
+        data.load(settings("dvscifar10"), tmp_path, tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for part in "Train", "Test":
+        write_nmnist(tmp_path, part, 3, "00001", [(0, 0, 1, 0)])
+    for module, name in (("os", "fsync"), ("numpy", "save")):
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.import_module(module), name, full)
+            with pytest.raises(OSError, match=r"No space left on device: '.*\.npy'"):
+                data.load(settings("nmnist-mlp", steps=3), tmp_path, tmp_path / "cache")
+        assert not list((tmp_path / "cache").iterdir())
+    assert len(data.load(settings("nmnist-mlp", steps=3), tmp_path, tmp_path / "cache").train) == 1
+
+
+def test_more_frames_than_memory(data: Any, tmp_path: Path) -> None:
+    for part in "Train", "Test":
+        write_nmnist(tmp_path, part, 3, "00001", [(0, 0, 1, 0)])
+    with pytest.raises(SystemExit, match=r"10000000000 steps of 1 recording\(s\) take 369,920 GB, more than"):
+        data.load(settings("nmnist-mlp", steps=10**10), tmp_path, tmp_path / "cache")
+
+
 @real_data
 def test_real_nmnist(data: Any, tmp_path: Path) -> None:
     loaded = data.load(settings("nmnist-mlp"), Path(DATA), tmp_path)
@@ -173,7 +229,16 @@ def test_dvscifar10(data: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no header", b"#!AER-DAT1.0\r\n" + bytes(8), b"#!AER-DAT2.0\r\n", b"#!AER-DAT2.0\r\n" + bytes(15)]
+    "content",
+    [
+        b"",
+        b"no header",
+        b"#!AER-DAT1.0\r\n" + bytes(8),
+        b"#!AER-DAT2.0",
+        b"#!AER-DAT2.0\r\n# cut sho",
+        b"#!AER-DAT2.0\r\n" + bytes(15),
+        b"#!AER-DAT2.0\r\n" + bytes([0, 1]) + bytes(6),  # an address of another camera
+    ],
 )
 def test_a_bad_aedat_file_is_named(content: bytes, data: Any, tmp_path: Path) -> None:
     bad = tmp_path / "CIFAR10DVS" / "cat" / "a.aedat"
@@ -181,6 +246,48 @@ def test_a_bad_aedat_file_is_named(content: bytes, data: Any, tmp_path: Path) ->
     bad.write_bytes(content)
     with pytest.raises(SystemExit, match=f"{bad} is no recording that can be used"):
         data.load(settings("dvscifar10"), tmp_path, tmp_path / "cache")
+
+
+def write_raw(path: Path, events: list[tuple[int, int]]) -> Path:
+    """A recording in AEDAT 2.0 of (address, time)."""
+    path.write_bytes(b"#!AER-DAT2.0\r\n" + np.array(events, ">u4").tobytes())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ([2**32 - 10, 2**32 - 1, 5, 30], [0, 9, 15, 40]),
+        ([2**31 - 2, 2**31 + 3], [0, 5]),
+        ([2**32 - 3, 2, 2**32 - 1, 4], [0, 2, 5, 7]),  # a little out of order, where they wrap
+        ([10, 5, 7, 1_000_004, 5], [0, 0, 2, 5, 999_999]),
+        ([2**32 - 1, 2**31 - 2, 2**32 - 3, 2**31 - 4], [i * (2**31 - 1) for i in range(4)]),
+    ],
+)
+def test_times_of_a_dvs128_that_wrap(times: list[int], expected: list[int], data: Any, tmp_path: Path) -> None:
+    events = data.read_dvs128(write_raw(tmp_path / "a.aedat", [(i << 1, t) for i, t in enumerate(times)]))
+    assert (events["t"] - events["t"][0]).tolist() == expected
+    assert sorted((127 - events["x"]).tolist()) == list(range(len(times)))
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([5_000_000, 3_999_999], r"its times fall by 1\.0 s"),
+        ([0, 2**31], r"its times fall by 2147\.5 s"),  # or half an hour went by
+        ([0, 7, 3 * 10**9], r"its times fall by 1295\.0 s"),
+    ],
+)
+def test_times_of_a_dvs128_that_can_be_read_two_ways(times: list[int], message: str, data: Any, tmp_path: Path) -> None:
+    path = write_raw(tmp_path / "a.aedat", [(0, t) for t in times])
+    with pytest.raises(ValueError, match=message):
+        data.read_dvs128(path)
+
+
+def test_events_of_a_dvs128_from_outside_are_dropped(data: Any, tmp_path: Path) -> None:
+    raw = [(1 << 15, 3), (126 << 8 | 125 << 1, 7), (0xFFFF, 2**31), (0x8001, 8), (127 << 8 | 127 << 1 | 1, 9)]
+    events = data.read_dvs128(write_raw(tmp_path / "a.aedat", raw))
+    assert events.tolist() == [(2, 1, 7, 1), (0, 0, 9, 0)]
 
 
 def test_aedat4_as_tonic_reads_it(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
