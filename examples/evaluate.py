@@ -10,19 +10,25 @@ operation for each weight, too, if they are not zero, although they have to be m
 
 from __future__ import annotations
 
+import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import commands
 import torch
 from data import load
+from files import write_json
 from torch import Tensor, nn
-from train import add_places, make_fabric
+from train import add_places, check_places, make_fabric
 from trainer import Source, build, convolutional, evaluate, read_checkpoint
 
 
@@ -69,11 +75,12 @@ class Operations:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run, or the folder of the run")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     add_places(parser)
     args = parser.parse_args()
+    check_places(args, parser)
     path = args.checkpoint / "checkpoint.pt" if args.checkpoint.is_dir() else args.checkpoint
     checkpoint = read_checkpoint(path)
     settings, record = checkpoint["settings"], checkpoint["record"]
@@ -104,8 +111,8 @@ def main() -> None:
         print(f"{name:10} {spikes:26,.0f} {macs:18,.0f} {spikes / macs:8.1%}")
     if args.json:
         content = {**dataclasses.asdict(result), "accuracy": result.accuracy, "operations": per_sample}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, content)
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(main)

@@ -10,6 +10,11 @@ examples/results/recorded.json has what is known.
 
 from __future__ import annotations
 
+import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import argparse
 import hashlib
 import json
@@ -20,7 +25,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import commands
 from experiments import EXPERIMENTS, command
+from files import write, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "examples" / "results", ROOT / "docs" / "results.md"
@@ -80,7 +87,7 @@ def add(run: Path) -> None:
     if not epochs:
         sys.exit(f"error: {run} has not finished an epoch")
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / file).write_text(json.dumps(record, indent=1) + "\n")
+    write_json(RESULTS / file, record)
     print(RESULTS / file)
 
 
@@ -209,7 +216,7 @@ def page() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs to add")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
     args = parser.parse_args()
@@ -221,9 +228,9 @@ def main() -> None:
         return
     for run in args.runs:
         add(run)
-    PAGE.write_text(page())
+    write(PAGE, page().encode())
     print(PAGE)
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(main)

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from data import encode
+from files import write
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from torch import Tensor
-from trainer import Trainer, arranged, generator, seed_of, watch, write
+from trainer import Trainer, arranged, generator, seed_of, watch
 
 SHOWN = 100  # neurons of a layer in a raster, at most
 

@@ -13,7 +13,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import pickle
 import shutil
 import signal
@@ -22,20 +21,23 @@ import time
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from data import Data, Part, encode
 from experiments import Settings
+from files import naming, write, write_json
 from lightning_fabric import Fabric
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import stbp_cuda
@@ -217,21 +219,7 @@ def arranged(inputs: Tensor, net: nn.Module) -> Tensor:
     return inputs.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, inputs.shape[:2])
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def write(path: Path, data: bytes) -> None:
-    """All or nothing, whenever the process or the machine dies."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def write_json(path: Path, content: object) -> None:
-    write(path, (json.dumps(content, indent=1) + "\n").encode())
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -258,7 +246,34 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def least_memory(settings: Settings, input_shape: tuple[int, ...], samples: int) -> int:
+    """Bytes that a training step takes at least, on so many samples: weights, their gradients, and what each layer of
+    neurons gets, for each step of time.
+
+    Raises ValueError or TypeError where a setting is not accepted."""
+    count = 0
+
+    def see(name: str, spikes: Tensor) -> None:
+        nonlocal count
+        count += spikes.numel()
+
+    with torch.device("meta"):  # shapes alone
+        net = build(dataclasses.replace(settings, steps=1, weight_norm=0.0, compile=False), input_shape)
+        leading = (1,) if settings.encoding == "direct" else (1, 1)
+        with watch(net, see):
+            net(torch.zeros(*leading, *net.input_shape))
+    if settings.encoding != "direct":
+        count += math.prod(input_shape)
+    size = 2 if settings.precision == "bf16" else 4
+    passes = settings.accumulate
+    return 8 * sum(p.numel() for p in net.parameters()) + size * settings.steps * math.ceil(samples / passes) * count
+
+
 # --- training -------------------------------------------------------------------------------------------------------
+
+
+class DivergedError(Exception):
+    """Training has come to numbers that are not finite, and will not come back."""
 
 
 class Trainer:
@@ -267,6 +282,7 @@ class Trainer:
     Attributes:
         record: what metrics.json holds: all about the run, and a row for each finished epoch.
         epoch, step: the next step to take; both count from 0.
+        stopped_by: the number of the signal that has stopped ``fit``.
     """
 
     def __init__(
@@ -281,6 +297,8 @@ class Trainer:
             )
         if convolutional(self.net):
             self.net.to(memory_format=torch.channels_last)
+        self.board: IO[bytes] | None = None
+        self.stopped_by = 0
         self.epoch = self.step = 0
         self.sums = torch.zeros(3, dtype=torch.float64, device=fabric.device)  # loss, hits, samples of this epoch
         self.seconds = 0.0  # of this epoch
@@ -324,9 +342,12 @@ class Trainer:
         return self.epoch == self.settings.epochs
 
     def save(self) -> None:
-        """Everything that the run needs to go on, all or nothing."""
+        """Everything that the run needs to go on, all or nothing.
+
+        Raises DivergedError, and keeps the checkpoint before, if there are numbers that are not finite."""
         if not self.fabric.is_global_zero:
             return
+        self.check_finite()
         state = io.BytesIO()
         torch.save(
             {
@@ -345,6 +366,17 @@ class Trainer:
         )
         write(self.folder / CHECKPOINT, state.getvalue())
 
+    def check_finite(self) -> None:
+        """Raise DivergedError if the loss of this epoch or a weight is not finite any more.
+
+        Both, for neurons do not fire where their potential is NaN, and so hide it from the loss."""
+        tensors = {"loss": self.sums[0], **self.net.state_dict()}
+        finite = torch.stack([tensor.sum().isfinite() for tensor in tensors.values()]).tolist()
+        for name, tensor in tensors.items():
+            if not finite.pop(0) and not tensor.isfinite().all():
+                what = "the loss" if name == "loss" else name
+                raise DivergedError(f"{what} is not finite any more by step {self.step} of epoch {self.epoch + 1}")
+
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Go on from a checkpoint of the same settings."""
         self.record = checkpoint["record"]
@@ -355,9 +387,21 @@ class Trainer:
         self.schedule.load_state_dict(checkpoint["schedule"])
 
     def fit(self, checkpoint_seconds: float) -> bool:
-        """Train to the end; True. After an interrupt (Ctrl-C) of a single process, save and stop; False."""
+        """Train to the end; True. After an interrupt (Ctrl-C) of a single process, save and stop; False.
+
+        Raises:
+            DivergedError: the loss or a weight is not finite any more. The checkpoint is that of before.
+            OSError: a file cannot be written. The checkpoint is the last one that could.
+        """
+        try:
+            return self.fit_until(Interrupt(enabled=self.fabric.world_size == 1), checkpoint_seconds)
+        finally:
+            if self.board is not None:
+                with suppress(OSError):  # raised for before
+                    self.board.close()
+
+    def fit_until(self, stop: Interrupt, checkpoint_seconds: float) -> bool:
         self.write_metrics()
-        stop = Interrupt(enabled=self.fabric.world_size == 1)
         saved = time.monotonic()
         total_steps = self.settings.epochs * self.steps
         hidden = None if self.fabric.is_global_zero else True
@@ -379,8 +423,10 @@ class Trainer:
                         self.save()
                         saved = time.monotonic()
                     if stop:
+                        self.stopped_by = stop.came
                         return False
                     if not bar.disable and bar.n == bar.last_print_n:  # it was just drawn
+                        self.check_finite()
                         loss, hits, count = self.sums.tolist()
                         bar.set_postfix_str(f"loss {loss / count:.4f}, accuracy {hits / count:.1%}", refresh=False)
                 self.end_epoch(bar)
@@ -426,8 +472,11 @@ class Trainer:
 
     def end_epoch(self, bar: tqdm[Any]) -> None:
         """Evaluate, and write everything down."""
+        self.check_finite()
         start = time.perf_counter()
         result = evaluate(self.net, self.test, self.data, self.settings, self.fabric)
+        if not math.isfinite(result.loss):
+            raise DivergedError(f"the test loss is not finite after epoch {self.epoch + 1}")
         loss, hits, count = self.sums.tolist()
         row = {
             "epoch": self.epoch + 1,
@@ -470,26 +519,44 @@ class Trainer:
             table.writeheader()
             table.writerows(flat)
             write(self.folder / "metrics.csv", text.getvalue().encode())
-        if not hasattr(self, "board"):
-            shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
-            self.board, self.on_board = SummaryWriter(str(self.folder / "tensorboard")), 0
-        for row in flat[self.on_board :]:
-            for name, value in row.items():
-                if name not in ("epoch", "time"):
-                    tag = name.replace("_", "/", 1)
-                    self.board.add_scalar(tag, value, row["epoch"], walltime=row["time"])
+        # TensorBoard's own writer has a thread, which dies of a full disk with a traceback.
+        path = self.folder / "tensorboard" / "events.out.tfevents.run"
+        try:
+            if self.board is None or self.board.closed:
+                shutil.rmtree(path.parent, ignore_errors=True)
+                path.parent.mkdir()
+                self.board, self.on_board = path.open("ab"), 0
+                self.board.write(framed(Event(wall_time=time.time(), file_version="brain.Event:2")))
+            for row in flat[self.on_board :]:
+                scalars = [
+                    Summary.Value(tag=name.replace("_", "/", 1), simple_value=value)
+                    for name, value in row.items()
+                    if name not in ("epoch", "time")
+                ]
+                self.board.write(
+                    framed(Event(step=row["epoch"], wall_time=row["time"], summary=Summary(value=scalars)))
+                )
+            self.board.flush()
+        except OSError as error:
+            raise naming(error, path) from error
         self.on_board = len(flat)
-        self.board.flush()
+
+
+def framed(event: Event) -> bytes:
+    """An event as it stands in TensorBoard's files."""
+    file = io.BytesIO()
+    RecordWriter(file).write(event.SerializeToString())
+    return file.getvalue()
 
 
 class Interrupt:
     """True once Ctrl-C or SIGTERM has come, so that the step under way is finished; the second time, it interrupts."""
 
     def __init__(self, enabled: bool) -> None:
-        self.enabled, self.came = enabled, False
+        self.enabled, self.came = enabled, 0
 
     def __bool__(self) -> bool:
-        return self.came
+        return self.came != 0
 
     def __enter__(self) -> Interrupt:
         if self.enabled:
@@ -504,4 +571,4 @@ class Interrupt:
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.came:
             raise KeyboardInterrupt
-        self.came = True
+        self.came = number

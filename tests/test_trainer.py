@@ -1,6 +1,5 @@
 """The trainer of examples/: a run depends neither on how often it is interrupted, nor on how its work is divided."""
 
-import contextlib
 import csv
 import importlib
 import io
@@ -12,7 +11,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,19 +173,40 @@ def test_dying_while_writing_leaves_the_checkpoint_before(
     assert read(tmp_path)["step"] == 3
 
 
+# Each line of the input asks for a run; the answer is its exit status. A signal is sent by the run to itself, at a call
+# of a function that is counted from its first checkpoint on, so that no machine is too fast or too slow for it.
 FORKS = """
-import os, sys
-import sklearn.datasets, sklearn.model_selection, train
+import os, signal, sys
+import sklearn.datasets, sklearn.model_selection
+import commands, train
+
+replace = os.replace
+def send(number, calls):
+    def count(frame, event, argument):
+        nonlocal calls
+        calls -= 1
+        if calls == 0:
+            sys.setprofile(None)
+            os.kill(os.getpid(), number)
+    def replace_and_count(old, new):
+        replace(old, new)
+        if str(new).endswith("checkpoint.pt"):
+            os.replace = replace
+            sys.setprofile(count)
+    os.replace = replace_and_count
+
 for line in sys.stdin:
-    folder, *arguments = line.split()
+    folder, number, calls, *arguments = line.split()
     child = os.fork()
     if not child:
         os.chdir(folder)
         for stream in 1, 2:
             os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         sys.argv = ["train.py", *arguments]
-        sys.exit(train.main())
-    print(child, flush=True)
+        if int(number):
+            send(int(number), int(calls))
+        commands.run(train.main)
+        sys.exit()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -196,7 +215,7 @@ class Runs:
     """Processes of train.py, one after another, which share the time that its imports take."""
 
     def __enter__(self) -> "Runs":
-        environment = {**os.environ, "PYTHONPATH": str(EXAMPLES)}
+        environment = {**os.environ, "PYTHONPATH": f"{EXAMPLES}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         # Not in the root of a clone, where Python would find the sources before the installed package.
         command = [sys.executable, "-c", FORKS]
@@ -206,20 +225,11 @@ class Runs:
     def __exit__(self, *_: object) -> None:
         self.server.communicate()  # ends with its input
 
-    def __call__(self, folder: Path, *arguments: str, end: signal.Signals | None = None, after: float = 0) -> int:
-        """The exit status of a run, to which the signal ``end`` is sent so many seconds after it has written its first
+    def __call__(self, folder: Path, *arguments: str, end: int = 0, calls: int = 0) -> int:
+        """The exit status of a run, which sends itself the signal ``end`` at so many calls of functions after its first
         checkpoint; without one it runs to its end."""
-        checkpoint = folder / "run" / "checkpoint.pt"
-        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        print(folder, *arguments, file=self.server.stdin, flush=True)
+        print(folder, int(end), calls, *arguments, file=self.server.stdin, flush=True)
         assert self.server.stdout is not None
-        child = int(self.server.stdout.readline())
-        if end is not None:
-            while not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > before):
-                time.sleep(0.001)
-            time.sleep(after)
-            with contextlib.suppress(ProcessLookupError):  # it is done
-                os.kill(child, end)
         return int(self.server.stdout.readline())
 
 
@@ -239,31 +249,31 @@ def steps_taken(folder: Path) -> int:
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """SIGINT, then SIGKILL several times: the same bits as without, and no row lost or written twice."""
+    """SIGINT, SIGTERM, then SIGKILL several times: the same bits as without, and no row lost or written twice."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
     always = ["--checkpoint-seconds", "0"]
-    delays = [random.uniform(0, 0.3) for _ in range(5)]  # others every time, so that in time all moments are tried
+    # Others every time, so that in time all moments are tried: up to ten of the 160 steps for each.
+    moments = [random.randint(1, 150_000) for _ in range(6)]
     with Runs() as run:
         assert run(whole, *LONG) == 0
-        assert run(killed, *LONG, *always, end=signal.SIGINT, after=delays[0] / 3) == 1
+        assert run(killed, *LONG, *always, end=signal.SIGINT, calls=moments[0]) == 130
+        assert run(killed, "--resume", "run", *always, end=signal.SIGTERM, calls=moments[1]) == 143
         messages = (killed / "log").read_text()
-        assert "--resume run goes on" in messages
+        assert messages.count("--resume run goes on") == 2
         assert "Traceback" not in messages
-        statuses, steps = [], [steps_taken(killed / "run")]
-        for delay in delays[1:]:
-            statuses.append(run(killed, "--resume", "run", *always, end=signal.SIGKILL, after=delay))
+        steps = [steps_taken(killed / "run")]
+        for moment in moments[2:]:
+            assert run(killed, "--resume", "run", *always, end=signal.SIGKILL, calls=moment) == -signal.SIGKILL
             steps.append(steps_taken(killed / "run"))
         assert run(killed, "--resume", "run") == 0
     assert steps == sorted(steps)
-    assert statuses[0] == -signal.SIGKILL
-    assert set(statuses) <= {-signal.SIGKILL, 0}  # 0: it was done before the signal came
 
     one, other = (folder / "run" for folder in (whole, killed))
     assert_same_state(read(one), read(other))
     rows = json.loads((other / "metrics.json").read_text())["epochs"]
-    assert [row["epoch"] for row in rows] == list(range(1, 9)), f"delays {delays}"
+    assert [row["epoch"] for row in rows] == list(range(1, 9)), f"moments {moments}"
     assert f"test accuracy {rows[-1]['test_accuracy']:.2%}" in (killed / "log").read_text()
     with (other / "metrics.csv").open() as file:
         table = list(csv.DictReader(file))
