@@ -9,7 +9,11 @@
     python examples/train.py --help                       everything else
 
 Needs what `pip install '.[examples]'` installs. Writes runs/EXPERIMENT/DATE-TIME/: report.md and its pictures,
-metrics.json and .csv, TensorBoard's file, checkpoint.pt.
+metrics.json and .csv, TensorBoard's file, checkpoint.pt. One process at a time works on a run.
+
+Exit codes: 0; 1 for a file that cannot be written or read, too little memory, a run in use, or numbers that are not
+finite any more; 2 for arguments that make no sense; 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the
+output (| head). Whatever ends a run, --resume goes on with it.
 """
 
 from __future__ import annotations

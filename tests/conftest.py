@@ -6,9 +6,11 @@ import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("default", deadline=None, max_examples=20, derandomize=True, database=None)
+# No test depends on how fast the machine is: without a deadline, and without the check that data are drawn fast enough.
+no_hurry = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("default", **no_hurry, max_examples=20, derandomize=True, database=None)
 hypothesis.settings.register_profile("quick", parent=hypothesis.settings.get_profile("default"), max_examples=4)
-hypothesis.settings.register_profile("search", deadline=None, max_examples=500)
+hypothesis.settings.register_profile("search", **no_hurry, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("STBP_CUDA_HYPOTHESIS", "default"))
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.utils.benchmark
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -382,39 +381,6 @@ def test_the_number_of_threads_changes_nothing() -> None:
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@every_surrogate
-@every_reset
-@both_detach
-def test_half_types_are_vectorised(dtype: torch.dtype, surrogate: str, reset: str, detach_reset: bool) -> None:
-    """At worst some 4 times as slow as float32, in which nothing is converted. A conversion for which the compiler
-    found no vector instructions makes it more than 10 times as slow, and all other tests pass.
-    """
-
-    def seconds(dtype: torch.dtype) -> float:
-        x = torch.randn(16, 8192).to(dtype)
-        neuron = functional.check_options(
-            decay=0.5,
-            v_threshold=0.75,
-            surrogate=surrogate,
-            reset=reset,
-            v_reset=0.0,
-            detach_reset=detach_reset,
-            spatial_only=False,
-            strict_threshold=False,
-            steps=None,
-            backend="fused",
-        ).neuron
-        states = torch.empty(0)
-        timer = torch.utils.benchmark.Timer(
-            "lif_backward(x, None, x, None, states, 16, neuron, False)",
-            globals={"lif_backward": ops.lif_backward, "x": x, "states": states, "neuron": neuron},
-        )
-        return min(timer.timeit(2).mean for _ in range(10))
-
-    assert seconds(dtype) < 8 * seconds(torch.float32)
 
 
 @pytest.mark.parametrize(
