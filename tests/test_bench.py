@@ -231,6 +231,7 @@ def measure_two(*arguments):
     return measure(*arguments)
 
 harness.measure = measure_two
+harness.FEWEST_ROUNDS = harness.FEWEST_LONG_ROUNDS = 2
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
