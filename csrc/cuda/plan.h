@@ -171,7 +171,7 @@ NeuNormPlan plan_neunorm(const NeuNormSplit& split, const Io& io, int scalar_byt
   plan.strips = (io.positions + plan.strip - 1) / plan.strip;
   if (plan.tile_features > 1) plan.lanes = plan.strip;
   // Pairs of all positions may need but half the lanes.
-  if (plan.tile_positions > 1 && io.positions <= plan.strip) plan.lanes = plan.strip / 2;
+  if (plan.tile_positions > 1 && plan.strip > 1 && io.positions <= plan.strip) plan.lanes = plan.strip / 2;
   while (1 << plan.team_bits < plan.teams) ++plan.team_bits;
   while (1 << plan.lane_bits < plan.lanes) ++plan.lane_bits;
   const int64_t of_row = int64_t(plan.lanes) * plan.tile_positions, rows = (io.positions + of_row - 1) / of_row;
