@@ -1,6 +1,7 @@
 """Devices, hypothesis profiles, and what several tests share."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -14,6 +15,13 @@ hypothesis.settings.register_profile("search", **no_hurry, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("STBP_CUDA_HYPOTHESIS", "default"))
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+
+
+def pytest_configure() -> None:
+    # A shell lets what it starts in the background ignore SIGINT, and processes that tests start and interrupt inherit
+    # that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
