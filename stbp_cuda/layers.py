@@ -78,6 +78,13 @@ class LIFLayer(nn.Module):
     def _check(self) -> functional.Checked:
         return functional.check_options(**{name: getattr(self, name) for name in _OPTIONS})
 
+    def _current(self) -> functional.Checked:
+        if torch.compiler.is_compiling():
+            return self._checked or self._check()
+        if self._checked is None:
+            self._checked = self._check()
+        return self._checked
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in _OPTIONS:
@@ -99,9 +106,7 @@ class LIFLayer(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.lif`.
         """
-        if self._checked is None:
-            self._checked = self._check()
-        return functional.run(x, self._checked, initial_potential, return_potential)
+        return functional.run(x, self._current(), initial_potential, return_potential)
 
     def extra_repr(self) -> str:
         return (
@@ -203,14 +208,12 @@ class NeuNormLIF(LIFLayer):
         Raises:
             TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.neunorm_lif`.
         """
-        if self._checked is None:
-            self._checked = self._check()
         decay: float | Tensor
         norm_decay: float | Tensor
         decay, norm_decay = self.decay, self.norm_decay
         if self.decay_logits is not None:
             decay, norm_decay = self.decay_logits.sigmoid().unbind()
-        return functional.run_neunorm(x, self.weight, self._checked, decay, norm_decay, self.scaling == "1/F^2")
+        return functional.run_neunorm(x, self.weight, self._current(), decay, norm_decay, self.scaling == "1/F^2")
 
     def extra_repr(self) -> str:
         learned = self.decay_logits is not None
