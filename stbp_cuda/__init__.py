@@ -4,9 +4,9 @@ from . import encoding, functional, init, losses, surrogate
 from .layers import LIFLayer, NeuNorm, NeuNormLIF
 from .modules import Dropout, TimeDistributed, Voting
 from .network import Network, network
-from .ops import VERSION as __version__
-from .ops import build_info, empty_cpu_cache
+from .ops import VERSION, build_info, empty_cpu_cache
 
+__version__ = VERSION
 __all__ = [
     "Dropout",
     "LIFLayer",

@@ -348,7 +348,7 @@ def test_bad_arguments_of_the_operator(position: int, value: object, message: st
 @pytest.mark.parametrize("position", [0, 1, 2, 4, 5, 6])
 def test_tensors_of_a_wrong_shape_in_the_operator_backward(position: int) -> None:
     _, backward = operator_arguments("cpu", torch.float32, True)
-    backward[position] = backward[position][:-1].clone()
+    backward[position] = backward[position][..., :-1].clone()
     with pytest.raises(RuntimeError, match=" must "):
         ops.neunorm_lif_backward(*backward)
 
