@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 __all__ = ["LIFLayer", "NeuNorm", "NeuNormLIF"]
 
-_OPTIONS = frozenset(inspect.signature(functional.check_options).parameters) - {"smooth"}
+# Other libraries call `reset()` and set `backend` on every module of a network that has an attribute of that name.
+_RENAMED = {"reset": "reset_mode", "backend": "backend_mode"}
+_OPTIONS = {
+    option: _RENAMED.get(option, option)
+    for option in inspect.signature(functional.check_options).parameters
+    if option != "smooth"
+}  # of check_options, and the attributes of a layer that hold them
+_ATTRIBUTES = frozenset(_OPTIONS.values())
 
 
 class LIFLayer(nn.Module):
@@ -38,6 +45,10 @@ class LIFLayer(nn.Module):
         strict_threshold: fire at ``u > v_threshold`` instead of ``u >= v_threshold``. Default False.
         steps: the number of time steps T, where the input is ``[T*B, ...]``; None for input ``[T, B, ...]``.
         backend: "auto", "fused" or "reference". Default "auto".
+
+    Each is an attribute, too, which may be set and is checked by the next call. ``reset`` and ``backend`` are
+    ``reset_mode`` and ``backend_mode`` there, as other libraries take modules with attributes of those names for their
+    own.
 
     Raises:
         TypeError, ValueError: an option is not one of those accepted.
@@ -66,21 +77,23 @@ class LIFLayer(nn.Module):
         self.decay = decay
         self.v_threshold = v_threshold
         self.surrogate = resolve_surrogate(surrogate)
-        self.reset: Literal["hard", "soft"] = reset
+        self.reset_mode: Literal["hard", "soft"] = reset
         self.v_reset = v_reset
         self.detach_reset = detach_reset
         self.spatial_only = spatial_only
         self.strict_threshold = strict_threshold
         self.steps = steps
-        self.backend: Literal["auto", "fused", "reference"] = backend
+        self.backend_mode: Literal["auto", "fused", "reference"] = backend
         self._checked: functional.Checked | None = self._check()
 
     def _check(self) -> functional.Checked:
-        return functional.check_options(**{name: getattr(self, name) for name in _OPTIONS})
+        return functional.check_options(**{name: getattr(self, attribute) for name, attribute in _OPTIONS.items()})
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in _RENAMED and isinstance(value, str) and value in (*functional.RESETS, *functional.BACKENDS):
+            raise AttributeError(f"{type(self).__name__} keeps {name} in the attribute {_RENAMED[name]}; set that")
         super().__setattr__(name, value)
-        if name in _OPTIONS:
+        if name in _ATTRIBUTES:
             self._checked = None  # the next call checks what has changed
 
     def forward(
@@ -105,9 +118,10 @@ class LIFLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"decay={self.decay}, v_threshold={self.v_threshold}, surrogate={self.surrogate}, reset={self.reset!r}, "
-            f"v_reset={self.v_reset}, detach_reset={self.detach_reset}, spatial_only={self.spatial_only}, "
-            f"strict_threshold={self.strict_threshold}, steps={self.steps}, backend={self.backend!r}"
+            f"decay={self.decay}, v_threshold={self.v_threshold}, surrogate={self.surrogate}, "
+            f"reset={self.reset_mode!r}, v_reset={self.v_reset}, detach_reset={self.detach_reset}, "
+            f"spatial_only={self.spatial_only}, strict_threshold={self.strict_threshold}, steps={self.steps}, "
+            f"backend={self.backend_mode!r}"
         )
 
 
