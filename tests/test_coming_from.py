@@ -139,8 +139,7 @@ def test_spikingjelly(row: list[str]) -> None:
     theirs, ours, factor = row
     node = eval(code(theirs), library("spikingjelly"))
     check_row(multi_step(node), code(ours), factor)
-    if type(node).__name__ != "ParametricLIFNode":
-        assert repr(NAMES["from_spikingjelly"](node)) == repr(eval(code(ours), NAMES))
+    assert repr(NAMES["from_spikingjelly"](node)) == repr(eval(code(ours), NAMES))
 
 
 @given(
@@ -166,6 +165,36 @@ def test_any_neuron_of_spikingjelly(
     )
     ours = NAMES["from_spikingjelly"](node)
     compare(multi_step(node), ours, ours.v_threshold)
+
+
+def test_a_network_of_spikingjelly() -> None:
+    names = library("spikingjelly")
+    layer = pytest.importorskip("spikingjelly.activation_based.layer")
+    atan = names["surrogate"].ATan()
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        layer.Conv2d(2, 4, 3, padding=1),
+        nn.Sequential(layer.BatchNorm2d(4), names["neuron"].LIFNode(v_threshold=0.3, detach_reset=True)),
+        layer.AvgPool2d(2),
+        nn.Flatten(2),
+        layer.Linear(64, 10),
+        names["neuron"].IFNode(v_threshold=0.2, surrogate_function=atan),
+    ).double()
+    names["functional"].set_step_mode(net, "m")
+    ours = NAMES["convert"](copy.deepcopy(net))
+    assert [type(module) for module in ours.modules()].count(LIFLayer) == 2
+    x = torch.rand(6, 3, 2, 8, 8, dtype=torch.float64)
+    expected, found = net(x), ours(x)
+    assert torch.equal(found, expected)
+    assert 0.05 < expected.mean() < 0.95
+    pairs = [torch.autograd.grad(y.sum(), list(m.parameters())) for m, y in ((net, expected), (ours, found))]
+    for theirs, gradient in zip(*pairs, strict=True):
+        torch.testing.assert_close(gradient, theirs, rtol=1e-9, atol=1e-9)
+    assert pairs[0][0].any()
+    with pytest.raises(KeyError, match="PiecewiseExp"):
+        NAMES["from_spikingjelly"](names["neuron"].LIFNode(surrogate_function=names["surrogate"].PiecewiseExp()))
+    with pytest.raises(KeyError, match="QIFNode"):
+        NAMES["from_spikingjelly"](names["neuron"].QIFNode())
 
 
 def test_the_transcription_that_comes_to_mind() -> None:
