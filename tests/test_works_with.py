@@ -157,6 +157,34 @@ def test_checkpoint(use_reentrant: bool, names: Names) -> None:
         assert torch.equal(found.grad, gradient)
 
 
+def test_torch_func(names: Names) -> None:
+    run_section("torch.func", names)
+    net, nets, x = names["net"], names["nets"], names["x"]
+    names["ensemble"].sum().backward()
+    for number, one in enumerate(nets):
+        assert torch.equal(names["ensemble"][number], one(x))
+        for (name, _), gradient in zip(one.named_parameters(), gradients(one, x)[1:], strict=True):
+            torch.testing.assert_close(names["parameters"][name].grad[number], gradient)
+    for sample in range(8):
+        expected = gradients(net, x[:, sample])[1:]
+        for found, gradient in zip(names["per_sample"].values(), expected, strict=True):
+            torch.testing.assert_close(found[sample], gradient)
+    weight = torch.randn(4, 8, 10)
+    spikes, back = torch.func.vjp(net, x)
+    (expected,) = torch.autograd.grad(net(x.requires_grad_()), x, weight)
+    assert torch.equal(spikes, net(x))
+    torch.testing.assert_close(back(weight)[0], expected)
+    jacobian = torch.func.jacrev(net)(x.detach()[:, 0])  # [T, 10, T, 6]
+    torch.testing.assert_close((jacobian * weight[:, 0, :, None, None]).sum((0, 1)), expected[:, 0])
+
+
+def test_no_forward_mode(names: Names) -> None:
+    net, x = names["net"], names["x"]
+    for run in (lambda: torch.func.jvp(net, (x,), (x,)), lambda: torch.func.jacfwd(net)(x)):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            run()
+
+
 def test_grad_scaler(names: Names) -> None:
     before = [parameter.clone() for parameter in names["net"].parameters()]
     run_section("autocast, GradScaler", names)
