@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .checks import check_flag, check_fraction, check_integer, check_number
 from .surrogate import SURROGATES, Surrogate, resolve_surrogate
 
 if TYPE_CHECKING:
@@ -30,29 +31,14 @@ BACKENDS = ("auto", "fused", "reference")
 RESETS = ("hard", "soft")
 SCALINGS = ("1/F", "1/F^2")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-FLOAT32_MAX = torch.finfo(torch.float32).max
 
 _warned: set[str] = set()
 _with_kernels: set[torch.device] = set()  # devices that were asked, beside the CPU
 
 
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not -FLOAT32_MAX <= value <= FLOAT32_MAX:
-        raise ValueError(f"{name} must be finite in float32, got {value}")
-
-
-def _check_decay(name: str, value: object) -> None:
-    _check_number(name, value)
-    if not 0 <= value <= 1:  # type: ignore[operator]
-        raise ValueError(f"{name} must lie in [0, 1], got {value}")
-
-
-def check_steps(steps: object) -> None:
-    """Raise if a number of time steps is none."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+def check_steps(steps: object) -> int:
+    """The number of time steps as a Python integer; raise if it is none."""
+    return check_integer("steps", steps)
 
 
 class Checked(NamedTuple):
@@ -79,9 +65,9 @@ def check_options(
     backend: str = "auto",
 ) -> Checked:
     """Raise if an option of :func:`lif` is not one it accepts; the options are described there."""
-    _check_decay("decay", decay)
-    _check_number("v_threshold", v_threshold)
-    _check_number("v_reset", v_reset)
+    decay = check_fraction("decay", decay)
+    v_threshold = check_number("v_threshold", v_threshold)
+    v_reset = check_number("v_reset", v_reset)
     if reset not in RESETS:
         raise ValueError(f"reset must be one of {', '.join(RESETS)}, got {reset!r}")
     if reset == "soft" and v_reset != 0:
@@ -92,16 +78,16 @@ def check_options(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if steps is not None:
-        check_steps(steps)
+        steps = check_steps(steps)
     options: dict[str, Any] = {
         "decay": decay,
         "v_threshold": v_threshold,
         "v_reset": v_reset,
         "soft_reset": reset == "soft",
-        "detach_reset": bool(detach_reset),
-        "spatial_only": bool(spatial_only),
-        "strict_threshold": bool(strict_threshold),
-        "smooth": bool(smooth),
+        "detach_reset": check_flag("detach_reset", detach_reset),
+        "spatial_only": check_flag("spatial_only", spatial_only),
+        "strict_threshold": check_flag("strict_threshold", strict_threshold),
+        "smooth": check_flag("smooth", smooth),
         "surrogate": resolve_surrogate(surrogate),
     }
     return Checked(options, ops.neuron_text(**options), steps, backend)
@@ -283,7 +269,7 @@ def lif(
         steps=steps,
         backend=backend,
     )
-    return run(x, checked, initial_potential, return_potential)
+    return run(x, checked, initial_potential, check_flag("return_potential", return_potential))
 
 
 def run(
@@ -324,11 +310,13 @@ def run(
     return spikes, potential if folded else potential.squeeze(0)
 
 
-def check_norm(norm_decay: float, scaling: str, name: str = "norm_decay") -> None:
-    """Raise if an option of :func:`neunorm` or :func:`neunorm_lif` is not one they accept."""
-    _check_decay(name, norm_decay)
+def check_norm(norm_decay: float, scaling: str, name: str = "norm_decay") -> float:
+    """The leak of the auxiliary map as a Python number; raise if an option of :func:`neunorm` or :func:`neunorm_lif` is
+    not one they accept."""
+    norm_decay = check_fraction(name, norm_decay)
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
+    return norm_decay
 
 
 def _check_weight(weight: Tensor, x: Tensor, folded: bool, name: str) -> None:
@@ -379,10 +367,11 @@ def neunorm(
         TypeError: an argument has a wrong type, or a tensor a dtype that is not accepted.
         ValueError: an option is out of range, or a shape or device does not fit.
     """
-    check_norm(0.0 if isinstance(decay, Tensor) else decay, scaling, "decay")
+    number = check_norm(0.0 if isinstance(decay, Tensor) else decay, scaling, "decay")
+    decay = decay if isinstance(decay, Tensor) else number
     folded = steps is not None
     if folded:
-        check_steps(steps)
+        steps = check_steps(steps)
     steps = _check_input(spikes, steps, "spikes")
     _check_weight(weight, spikes, folded, "spikes")
     result = reference.neunorm(_unfolded(spikes, steps, folded), weight, decay=decay, squared=scaling == "1/F^2")
@@ -427,7 +416,9 @@ def neunorm_lif(
         smooth=smooth,
         **options,
     )
-    check_norm(0.0 if isinstance(norm_decay, Tensor) else norm_decay, scaling)
+    number = check_norm(0.0 if isinstance(norm_decay, Tensor) else norm_decay, scaling)
+    decay = decay if isinstance(decay, Tensor) else checked.options["decay"]
+    norm_decay = norm_decay if isinstance(norm_decay, Tensor) else number
     return run_neunorm(x, weight, checked, decay, norm_decay, scaling == "1/F^2")
 
 

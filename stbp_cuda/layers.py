@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .checks import check_flag, check_sizes, plain
 from .surrogate import Surrogate, resolve_surrogate
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _OPTIONS = {
     for option in inspect.signature(functional.check_options).parameters
     if option != "smooth"
 }  # of check_options, and the attributes of a layer that hold them
-_ATTRIBUTES = frozenset(_OPTIONS.values())
+_ATTRIBUTES = frozenset({*_OPTIONS.values(), "norm_decay", "scaling"})
 
 
 class LIFLayer(nn.Module):
@@ -92,8 +93,10 @@ class LIFLayer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _RENAMED and isinstance(value, str) and value in (*functional.RESETS, *functional.BACKENDS):
             raise AttributeError(f"{type(self).__name__} keeps {name} in the attribute {_RENAMED[name]}; set that")
-        super().__setattr__(name, value)
-        if name in _ATTRIBUTES:
+        if name not in _ATTRIBUTES:
+            super().__setattr__(name, value)
+        else:
+            super().__setattr__(name, plain(value))
             self._checked = None  # the next call checks what has changed
 
     def forward(
@@ -114,7 +117,7 @@ class LIFLayer(nn.Module):
         """
         if self._checked is None:
             self._checked = self._check()
-        return functional.run(x, self._checked, initial_potential, return_potential)
+        return functional.run(x, self._checked, initial_potential, bool(return_potential))
 
     def extra_repr(self) -> str:
         return (
@@ -127,8 +130,8 @@ class LIFLayer(nn.Module):
 
 def _weight(shape: Sequence[int]) -> nn.Parameter:
     """``U``, zero: a network starts as the one without normalisation."""
-    sizes = tuple(shape)
-    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+    sizes = check_sizes(shape)
+    if not sizes:
         raise ValueError(f"shape must hold the positive sizes (C, H, W) of one sample, got {shape!r}")
     return nn.Parameter(torch.zeros(sizes))
 
@@ -155,11 +158,10 @@ class NeuNorm(nn.Module):
         steps: int | None = None,
     ) -> None:
         super().__init__()
-        functional.check_norm(decay, scaling, "decay")
         self.weight = _weight(shape)
-        self.decay = decay
+        self.decay = functional.check_norm(decay, scaling, "decay")
         self.scaling: Literal["1/F", "1/F^2"] = scaling
-        self.steps = steps
+        self.steps = None if steps is None else functional.check_steps(steps)
 
     def forward(self, spikes: Tensor) -> Tensor:
         """Normalise the spikes of all time steps, ``[T, B, C, H, W]`` or ``[T*B, C, H, W]`` with ``steps=T``."""
@@ -197,16 +199,16 @@ class NeuNormLIF(LIFLayer):
         **options: Unpack[functional.NeuronOptions],
     ) -> None:
         super().__init__(decay, v_threshold, surrogate, **options)
-        functional.check_norm(norm_decay, scaling)
         self.weight = _weight(shape)
-        self.norm_decay = norm_decay
+        self.norm_decay = functional.check_norm(norm_decay, scaling)
         self.scaling: Literal["1/F", "1/F^2"] = scaling
         self.decay_logits: nn.Parameter | None = None
-        if learn_decays:
-            for name, value in ("decay", decay), ("norm_decay", norm_decay):
+        if check_flag("learn_decays", learn_decays):
+            for name, value in ("decay", self.decay), ("norm_decay", self.norm_decay):
                 if value in (0, 1):
                     raise ValueError(f"{name} must lie between 0 and 1 where it is learned, got {value}")
-            self.decay_logits = nn.Parameter(torch.logit(torch.tensor([decay, norm_decay])))
+            self.decay_logits = nn.Parameter(torch.logit(torch.tensor([self.decay, self.norm_decay])))
+        self._checked = self._check()
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Run the layer on input current ``[T, B, C, H, W]``, or ``[T*B, C, H, W]`` with ``steps=T``.
@@ -218,6 +220,7 @@ class NeuNormLIF(LIFLayer):
             TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.neunorm_lif`.
         """
         if self._checked is None:
+            functional.check_norm(self.norm_decay, self.scaling)
             self._checked = self._check()
         decay: float | Tensor
         norm_decay: float | Tensor

@@ -19,6 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .checks import check_number
+
 __all__ = [
     "SURROGATES",
     "Atan",
@@ -49,10 +51,8 @@ class Surrogate:
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.width, bool) or not isinstance(self.width, int | float):
-            raise TypeError(f"width must be a number, got {self.width!r}")
-        if not 1e-30 <= self.width <= 1e30:
-            raise ValueError(f"width must lie in [1e-30, 1e30], got {self.width}")
+        width = check_number("width", self.width, 1e-30, 1e30, "lie in [1e-30, 1e30]")
+        object.__setattr__(self, "width", width)
 
     def derivative(self, s: Tensor) -> Tensor:
         """The surrogate derivative at ``s = potential - v_threshold``; any shape, elementwise."""

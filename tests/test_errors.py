@@ -20,7 +20,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"decay": 1.01}, ValueError, "decay must lie in [0, 1], got 1.01"),
     ({"decay": math.nan}, ValueError, "decay must be finite in float32, got nan"),
     ({"decay": "0.5"}, TypeError, "decay must be a number, got '0.5'"),
-    ({"decay": torch.tensor(0.5)}, TypeError, "decay must be a number, got tensor(0.5000)"),
+    ({"decay": torch.tensor([0.5])}, TypeError, "decay must be a number, got tensor([0.5000])"),
     ({"v_threshold": math.inf}, ValueError, "v_threshold must be finite in float32, got inf"),
     ({"v_threshold": 1e39}, ValueError, "v_threshold must be finite in float32, got 1e+39"),
     ({"v_threshold": 0.0}, ValueError, "v_threshold must lie above v_reset, got v_threshold=0.0, v_reset=0.0"),
