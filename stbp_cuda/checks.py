@@ -73,11 +73,14 @@ def check_number(
     return number  # type: ignore[return-value]
 
 
-def check_fraction(name: str, value: object) -> float:
-    """:func:`check_number` for one in [0, 1]."""
+def check_fraction(name: str, value: object, advice: str = "") -> float:
+    """:func:`check_number` for one in [0, 1]; ``advice`` ends the message about one beyond."""
     if type(value) is float and 0 <= value <= 1:
         return value
-    return check_number(name, check_number(name, value), 0, 1, "lie in [0, 1]")
+    number = check_number(name, value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {number}{advice if number > 1 else ''}")
+    return number
 
 
 def check_positive(name: str, value: object) -> float:

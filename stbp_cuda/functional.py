@@ -10,10 +10,11 @@ from torch import Tensor
 
 from . import autograd, ops, reference
 from .checks import check_flag, check_fraction, check_integer, check_number
+from .other_libraries import unexpected_keyword
 from .surrogate import SURROGATES, Surrogate, resolve_surrogate
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Never, Unpack
 
 __all__ = [
     "Checked",
@@ -29,6 +30,7 @@ __all__ = [
 
 BACKENDS = ("auto", "fused", "reference")
 RESETS = ("hard", "soft")
+SNNTORCH = ("zero", "subtract", "none")
 SCALINGS = ("1/F", "1/F^2")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -65,11 +67,14 @@ def check_options(
     backend: str = "auto",
 ) -> Checked:
     """Raise if an option of :func:`lif` is not one it accepts; the options are described there."""
-    decay = check_fraction("decay", decay)
+    if v_reset is None:
+        raise TypeError("v_reset must be a number, got None; for a soft reset, which has none, write reset='soft'")
+    decay = check_fraction("decay", decay, "; for a time constant tau it is 1 - 1/tau")
     v_threshold = check_number("v_threshold", v_threshold)
     v_reset = check_number("v_reset", v_reset)
     if reset not in RESETS:
-        raise ValueError(f"reset must be one of {', '.join(RESETS)}, got {reset!r}")
+        advice = "; snnTorch's 'zero' is 'hard', its 'subtract' is 'soft' but a step later" if reset in SNNTORCH else ""
+        raise ValueError(f"reset must be one of {', '.join(RESETS)}, got {reset!r}{advice}")
     if reset == "soft" and v_reset != 0:
         raise ValueError(f"v_reset belongs to reset='hard'; a soft reset subtracts v_threshold, got v_reset={v_reset}")
     if v_threshold <= v_reset:
@@ -217,6 +222,7 @@ def lif(
     initial_potential: Tensor | None = None,
     return_potential: bool = False,
     backend: Literal["auto", "fused", "reference"] = "auto",
+    **unexpected: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Leaky integrate-and-fire neurons over all time steps, with the gradient of STBP.
 
@@ -262,6 +268,8 @@ def lif(
         ValueError: an option is out of range, or a shape or device does not fit.
         RuntimeError: ``backend="fused"`` and no fused kernel can run.
     """
+    if unexpected:
+        raise unexpected_keyword("lif", unexpected)
     checked = check_options(
         decay=decay,
         v_threshold=v_threshold,
@@ -427,6 +435,9 @@ def neunorm_lif(
         TypeError, ValueError: as :func:`lif` and :func:`neunorm`.
         RuntimeError: ``backend="fused"`` and no fused kernel can run.
     """
+    unexpected = [option for option in options if option not in NeuronOptions.__annotations__]
+    if unexpected:
+        raise unexpected_keyword("neunorm_lif", unexpected)
     checked = check_options(
         decay=0.0 if isinstance(decay, Tensor) else decay,
         v_threshold=v_threshold,

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from . import functional
 from .checks import check_flag, check_sizes, plain
+from .other_libraries import unexpected_keyword
 from .surrogate import Surrogate, resolve_surrogate
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Never, Unpack
 
 __all__ = ["LIFLayer", "NeuNorm", "NeuNormLIF"]
 
@@ -73,7 +74,10 @@ class LIFLayer(nn.Module):
         strict_threshold: bool = False,
         steps: int | None = None,
         backend: Literal["auto", "fused", "reference"] = "auto",
+        **unexpected: Never,
     ) -> None:
+        if unexpected:
+            raise unexpected_keyword(type(self).__name__, unexpected)
         super().__init__()
         self.decay = decay
         self.v_threshold = v_threshold
