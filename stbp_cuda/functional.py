@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import autograd, ops, reference
 from .checks import check_flag, check_fraction, check_integer, check_number
 from .other_libraries import unexpected_keyword
 from .surrogate import SURROGATES, Surrogate, resolve_surrogate
@@ -95,7 +95,13 @@ def check_options(
         "smooth": check_flag("smooth", smooth),
         "surrogate": resolve_surrogate(surrogate),
     }
-    return Checked(options, ops.neuron_text(**options), steps, backend)
+    # Text would fix the numbers of a compiled graph.
+    neuron = "" if torch.compiler.is_compiling() else ops.neuron_text(ops.switches(**options), *_numbers(options))
+    return Checked(options, neuron, steps, backend)
+
+
+def _numbers(options: dict[str, Any]) -> tuple[float, float, float, float]:
+    return options["decay"], options["v_threshold"], options["v_reset"], options["surrogate"].width
 
 
 def _check_input(x: Tensor, steps: int | None, name: str = "x") -> int:
@@ -303,18 +309,30 @@ def run(
         initial_potential = initial_potential.to(ops.state_dtype(x.dtype))
         if not folded:
             initial_potential = initial_potential.unsqueeze(0)
-    if torch.is_grad_enabled() and (
+    if torch.compiler.is_compiling():
+        numbers, switches = _numbers(checked.options), ops.switches(**checked.options)
+        spikes, potential = torch.ops.stbp_cuda.lif(
+            x, initial_potential, steps, *numbers, switches, return_potential, ops.VERSION
+        )
+    elif autograd.transforms():
+        spikes, potential, _ = autograd.TransformableLIF.apply(
+            x, initial_potential, steps, checked.neuron, None, return_potential, False
+        )
+    elif torch.is_grad_enabled() and (
         x.requires_grad or (initial_potential is not None and initial_potential.requires_grad)
     ):
         result: Tensor | tuple[Tensor, Tensor]
-        result = ops.FusedLIF.apply(x, initial_potential, (checked.steps, checked.neuron, return_potential))
+        result = autograd.FusedLIF.apply(x, initial_potential, (steps, checked.neuron, return_potential))
         if not return_potential:
             return result
         spikes, potential = result
     else:
-        spikes, potential, _ = ops.lif_forward(x, initial_potential, steps, checked.neuron, return_potential, False)
-        if not return_potential:
-            return spikes
+        with autograd.below_autograd():
+            spikes, potential, _ = ops.lif_forward(
+                x, initial_potential, steps, checked.neuron, None, return_potential, False
+            )
+    if not return_potential:
+        return spikes
     return spikes, potential if folded else potential.squeeze(0)
 
 
@@ -440,6 +458,7 @@ def run_neunorm(
     steps, folded = _check_input(x, checked.steps), checked.steps is not None
     _check_weight(weight, x, folded, "x")
     state = ops.state_dtype(x.dtype)
+    result: Tensor
     if not _use_fused(x, checked):
         spikes, _ = reference.lif(_unfolded(x, steps, folded), None, **{**checked.options, "decay": decay})
         result = reference.neunorm(spikes, weight, decay=norm_decay, squared=squared)
@@ -448,6 +467,17 @@ def run_neunorm(
     if isinstance(decay, Tensor) or isinstance(norm_decay, Tensor):
         both = (torch.as_tensor(value, dtype=state, device=x.device) for value in (decay, norm_decay))
         decays = torch.stack([value.reshape(()) for value in both])
-    constant = 0.0 if isinstance(norm_decay, Tensor) else norm_decay
-    call = (checked.steps, checked.neuron, constant, squared)
-    return ops.FusedNeuNormLIF.apply(x, weight.to(state), decays, call)  # type: ignore[no-any-return]
+    fixed = 0.0 if isinstance(norm_decay, Tensor) else norm_decay
+    weight = weight.to(state)
+    if torch.compiler.is_compiling():
+        numbers, switches = _numbers(checked.options), ops.switches(**checked.options)
+        result = torch.ops.stbp_cuda.neunorm_lif(
+            x, weight, decays, steps, *numbers, fixed, squared, switches, ops.VERSION
+        )
+    elif autograd.transforms():
+        result = autograd.TransformableNeuNormLIF.apply(
+            x, weight, decays, steps, checked.neuron, None, fixed, squared, False
+        )[0]
+    else:
+        result = autograd.FusedNeuNormLIF.apply(x, weight, decays, (steps, checked.neuron, fixed, squared))
+    return result

@@ -94,6 +94,9 @@ class LIFLayer(nn.Module):
     def _check(self) -> functional.Checked:
         return functional.check_options(**{name: getattr(self, attribute) for name, attribute in _OPTIONS.items()})
 
+    def _current(self) -> functional.Checked:
+        return self._checked or self._check()
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _RENAMED and isinstance(value, str) and value in (*functional.RESETS, *functional.BACKENDS):
             raise AttributeError(f"{type(self).__name__} keeps {name} in the attribute {_RENAMED[name]}; set that")
@@ -101,7 +104,11 @@ class LIFLayer(nn.Module):
             super().__setattr__(name, value)
         else:
             super().__setattr__(name, plain(value))
-            self._checked = None  # the next call checks what has changed
+            if "_checked" in self.__dict__:  # after __init__
+                try:
+                    self._checked = self._check()
+                except (TypeError, ValueError):  # of two that are set one by one; the next call raises, if it is more
+                    self._checked = None
 
     def forward(
         self, x: Tensor, initial_potential: Tensor | None = None, return_potential: bool = False
@@ -119,9 +126,7 @@ class LIFLayer(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.lif`.
         """
-        if self._checked is None:
-            self._checked = self._check()
-        return functional.run(x, self._checked, initial_potential, bool(return_potential))
+        return functional.run(x, self._current(), initial_potential, bool(return_potential))
 
     def extra_repr(self) -> str:
         return (
@@ -190,6 +195,9 @@ class NeuNormLIF(LIFLayer):
         TypeError, ValueError: an argument is not one of those accepted.
     """
 
+    norm_decay: float = 0.8
+    scaling: Literal["1/F", "1/F^2"] = "1/F"
+
     def __init__(
         self,
         shape: Sequence[int],
@@ -205,14 +213,17 @@ class NeuNormLIF(LIFLayer):
         super().__init__(decay, v_threshold, surrogate, **options)
         self.weight = _weight(shape)
         self.norm_decay = functional.check_norm(norm_decay, scaling)
-        self.scaling: Literal["1/F", "1/F^2"] = scaling
+        self.scaling = scaling
         self.decay_logits: nn.Parameter | None = None
         if check_flag("learn_decays", learn_decays):
             for name, value in ("decay", self.decay), ("norm_decay", self.norm_decay):
                 if value in (0, 1):
                     raise ValueError(f"{name} must lie between 0 and 1 where it is learned, got {value}")
             self.decay_logits = nn.Parameter(torch.logit(torch.tensor([self.decay, self.norm_decay])))
-        self._checked = self._check()
+
+    def _check(self) -> functional.Checked:
+        functional.check_norm(self.norm_decay, self.scaling)
+        return super()._check()
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Run the layer on input current ``[T, B, C, H, W]``, or ``[T*B, C, H, W]`` with ``steps=T``.
@@ -223,15 +234,12 @@ class NeuNormLIF(LIFLayer):
         Raises:
             TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.neunorm_lif`.
         """
-        if self._checked is None:
-            functional.check_norm(self.norm_decay, self.scaling)
-            self._checked = self._check()
         decay: float | Tensor
         norm_decay: float | Tensor
         decay, norm_decay = self.decay, self.norm_decay
         if self.decay_logits is not None:
             decay, norm_decay = self.decay_logits.sigmoid().unbind()
-        return functional.run_neunorm(x, self.weight, self._checked, decay, norm_decay, self.scaling == "1/F^2")
+        return functional.run_neunorm(x, self.weight, self._current(), decay, norm_decay, self.scaling == "1/F^2")
 
     def extra_repr(self) -> str:
         learned = self.decay_logits is not None
