@@ -370,7 +370,7 @@ class Trainer:
         """Raise DivergedError if the loss of this epoch or a weight is not finite any more.
 
         Both, for neurons do not fire where their potential is NaN, and so hide it from the loss."""
-        tensors = {"loss": self.sums[0], **self.net.state_dict()}
+        tensors = {"loss": self.sums[0], **dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
         finite = torch.stack([tensor.sum().isfinite() for tensor in tensors.values()]).tolist()
         for name, tensor in tensors.items():
             if not finite.pop(0) and not tensor.isfinite().all():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Sequence
+import json
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -29,7 +32,60 @@ _OPTIONS = {
 _ATTRIBUTES = frozenset({*_OPTIONS.values(), "norm_decay", "scaling"})
 
 
-class LIFLayer(nn.Module):
+class _KnowsItsConstants(nn.Module):
+    """A module whose state_dict holds the constants that it was trained with, so that loading it into one with others
+    warns of them.
+
+    They are text in a tensor of bytes, since much code takes all values of a state_dict for tensors: it moves, averages
+    and compares them, or keeps them in files that hold nothing else. The text is filled up with spaces, as some of that
+    code wants the sizes of a checkpoint to be those of the model.
+    """
+
+    def _constants(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def get_extra_state(self) -> Tensor:
+        text = json.dumps(self._constants(), default=repr)
+        return torch.tensor(list(text.ljust(-(-len(text) // 256) * 256).encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: object) -> None:
+        """Restore nothing: the constants are those that the module was made with."""
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
+        key = f"{prefix}_extra_state"
+        if key in missing:
+            missing.remove(key)  # of an earlier version, or of another library
+        if key in state_dict:
+            name = f"{prefix.removesuffix('.')} ({type(self).__name__})" if prefix else type(self).__name__
+            self._compare(name, state_dict[key])
+
+    def _compare(self, name: str, state: object) -> None:
+        if isinstance(state, Tensor) and state.is_meta:
+            return
+        try:
+            theirs = json.loads(bytes(round(code) for code in state.tolist()))  # type: ignore[attr-defined]
+            ours = json.loads(json.dumps(self._constants(), default=repr))
+            other = {key: theirs[key] for key in ours if key in theirs and theirs[key] != ours[key]}
+        except (AttributeError, OverflowError, TypeError, ValueError):
+            warnings.warn(f"{name}: the constants in the checkpoint cannot be read: {state!r}", stacklevel=2)
+            return
+        if other:
+            trained, here = (", ".join(f"{key}={of[key]!r}" for key in other) for of in (theirs, ours))
+            warnings.warn(
+                f"{name}: the checkpoint was trained with {trained}; here it is {here}, which loading does not change",
+                stacklevel=2,
+            )
+
+
+def _of_surrogate(surrogate: Surrogate) -> dict[str, Any]:
+    fields = {f"surrogate.{field.name}": getattr(surrogate, field.name) for field in dataclasses.fields(surrogate)}
+    return {"surrogate": type(surrogate).__name__, **fields}
+
+
+class LIFLayer(_KnowsItsConstants):
     """A layer of leaky integrate-and-fire neurons, run over all time steps at once; :func:`stbp_cuda.functional.lif` as
     a module, and described there.
 
@@ -50,7 +106,8 @@ class LIFLayer(nn.Module):
 
     Each is an attribute, too, which may be set and is checked by the next call. ``reset`` and ``backend`` are
     ``reset_mode`` and ``backend_mode`` there, as other libraries take modules with attributes of those names for their
-    own.
+    own. All but ``steps`` and ``backend`` are in the ``state_dict``, as ``_extra_state``: loading it into a layer with
+    others warns, and changes none of them.
 
     Raises:
         TypeError, ValueError: an option is not one of those accepted.
@@ -93,6 +150,11 @@ class LIFLayer(nn.Module):
 
     def _check(self) -> functional.Checked:
         return functional.check_options(**{name: getattr(self, attribute) for name, attribute in _OPTIONS.items()})
+
+    def _constants(self) -> dict[str, Any]:
+        left_out = ("surrogate", "steps", "backend")
+        constants = {option: getattr(self, name) for option, name in _OPTIONS.items() if option not in left_out}
+        return {**constants, **_of_surrogate(resolve_surrogate(self.surrogate))}
 
     def _current(self) -> functional.Checked:
         return self._checked or self._check()
@@ -145,7 +207,7 @@ def _weight(shape: Sequence[int]) -> nn.Parameter:
     return nn.Parameter(torch.zeros(sizes))
 
 
-class NeuNorm(nn.Module):
+class NeuNorm(_KnowsItsConstants):
     """Neuron normalisation of spikes; :func:`stbp_cuda.functional.neunorm` as a module, and described there.
 
     Args:
@@ -171,6 +233,9 @@ class NeuNorm(nn.Module):
         self.decay = functional.check_norm(decay, scaling, "decay")
         self.scaling: Literal["1/F", "1/F^2"] = scaling
         self.steps = None if steps is None else functional.check_steps(steps)
+
+    def _constants(self) -> dict[str, Any]:
+        return {"norm_decay": self.decay, "scaling": self.scaling}  # named as those of NeuNormLIF
 
     def forward(self, spikes: Tensor) -> Tensor:
         """Normalise the spikes of all time steps, ``[T, B, C, H, W]`` or ``[T*B, C, H, W]`` with ``steps=T``."""
@@ -224,6 +289,11 @@ class NeuNormLIF(LIFLayer):
     def _check(self) -> functional.Checked:
         functional.check_norm(self.norm_decay, self.scaling)
         return super()._check()
+
+    def _constants(self) -> dict[str, Any]:
+        constants = {**super()._constants(), "norm_decay": self.norm_decay, "scaling": self.scaling}
+        learned = ("decay", "norm_decay") if self.decay_logits is not None else ()
+        return {key: value for key, value in constants.items() if key not in learned}
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Run the layer on input current ``[T, B, C, H, W]``, or ``[T*B, C, H, W]`` with ``steps=T``.

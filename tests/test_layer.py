@@ -1,12 +1,17 @@
 """LIFLayer in the company it keeps: modules, compilers, autocast, copies, files, processes."""
 
 import copy
+import functools
 import io
+import math
 import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
@@ -14,7 +19,7 @@ from torch import Tensor, nn
 
 import stbp_cuda
 from stbp_cuda import functional
-from stbp_cuda.surrogate import SURROGATES, Gaussian
+from stbp_cuda.surrogate import SURROGATES, Gaussian, Rectangular, Surrogate
 
 
 def small_net(steps: int = 4, backend: str = "auto") -> nn.Sequential:
@@ -151,7 +156,144 @@ def test_state_dict_goes_through_a_file(tmp_path: Path) -> None:
     other.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
     x = torch.rand(8, 1, 8, 8)
     assert torch.equal(net(x), other(x))
-    assert not stbp_cuda.LIFLayer().state_dict()  # nothing in it is learnable
+    assert not [*stbp_cuda.LIFLayer().parameters(), *stbp_cuda.LIFLayer().buffers()]  # nothing in it is learnable
+
+
+KINDS: dict[str, Callable[..., nn.Module]] = {
+    "LIFLayer": stbp_cuda.LIFLayer,
+    "NeuNormLIF": functools.partial(stbp_cuda.NeuNormLIF, (2, 3)),
+    "NeuNorm": lambda norm_decay=0.8, **others: stbp_cuda.NeuNorm((2, 3), norm_decay, **others),
+}
+CONSTANTS: list[tuple[str, Any, str, str]] = [  # an option, another value than the default, and how both are told
+    ("decay", 0.3, "decay=0.3", "decay=0.25"),
+    ("v_threshold", 1.0, "v_threshold=1.0", "v_threshold=0.75"),
+    ("surrogate", "gaussian", "surrogate='Gaussian'", "surrogate='Rectangular'"),
+    ("surrogate", Rectangular(0.5), "surrogate.width=0.5", "surrogate.width=1.0"),
+    ("reset", "soft", "reset='soft'", "reset='hard'"),
+    ("v_reset", -1.0, "v_reset=-1.0", "v_reset=0.0"),
+    ("detach_reset", True, "detach_reset=True", "detach_reset=False"),
+    ("spatial_only", True, "spatial_only=True", "spatial_only=False"),
+    ("strict_threshold", True, "strict_threshold=True", "strict_threshold=False"),
+    ("norm_decay", 0.7, "norm_decay=0.7", "norm_decay=0.8"),
+    ("scaling", "1/F^2", "scaling='1/F^2'", "scaling='1/F'"),
+]
+
+
+def of_norm(option: str) -> bool:
+    return option in ("norm_decay", "scaling")
+
+
+@pytest.mark.parametrize(
+    ("kind", "constant"),
+    [
+        (kind, constant)
+        for kind in KINDS
+        for constant in CONSTANTS
+        if kind == "NeuNormLIF" or of_norm(constant[0]) == (kind == "NeuNorm")
+    ],
+)
+def test_loading_another_neuron_says_so(kind: str, constant: tuple[str, Any, str, str], tmp_path: Path) -> None:
+    option, value, trained, here = constant
+    net = nn.Sequential(nn.Identity(), KINDS[kind](**{option: value}))
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    checkpoint = torch.load(tmp_path / "net.pt", weights_only=True)
+    net.load_state_dict(checkpoint)
+    other = nn.Sequential(nn.Identity(), KINDS[kind]())
+    before = repr(other)
+    message = f"1 ({kind}): the checkpoint was trained with {trained}; here it is {here}, which loading does not change"
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$") as record:
+        other.load_state_dict(checkpoint)
+    assert len(record) == 1
+    assert repr(other) == before
+
+
+def test_all_constants_that_differ_are_in_one_warning() -> None:
+    layer = stbp_cuda.LIFLayer(0.3, 1.0, steps=4, backend="reference")
+    message = (
+        "LIFLayer: the checkpoint was trained with decay=0.3, v_threshold=1.0; here it is decay=0.25, v_threshold=0.75"
+    )
+    with pytest.warns(UserWarning, match=message) as record:
+        stbp_cuda.LIFLayer().load_state_dict(layer.state_dict())
+    assert len(record) == 1
+
+
+class Wide(Surrogate):
+    """A user's own."""
+
+    name = "wide"
+
+
+@pytest.mark.parametrize(
+    ("layer", "other"),
+    [
+        (stbp_cuda.LIFLayer(), stbp_cuda.LIFLayer(steps=5, backend="reference")),
+        (stbp_cuda.LIFLayer(0), stbp_cuda.LIFLayer(0.0)),
+        (stbp_cuda.LIFLayer(0.1), stbp_cuda.LIFLayer(np.float64(0.1))),  # type: ignore[arg-type]
+        (stbp_cuda.LIFLayer(surrogate=Wide(2.0)), stbp_cuda.LIFLayer(surrogate=Wide(2))),
+        (stbp_cuda.LIFLayer(0.1), stbp_cuda.NeuNormLIF((2, 3), 0.1, norm_decay=0.5)),
+        (stbp_cuda.NeuNormLIF((2, 3), norm_decay=0.7), stbp_cuda.NeuNorm((2, 3), 0.7)),
+        (
+            stbp_cuda.NeuNormLIF((2, 3), 0.1, learn_decays=True),
+            stbp_cuda.NeuNormLIF((2, 3), 0.2, norm_decay=0.5, learn_decays=True),
+        ),
+    ],
+)
+def test_loading_the_same_neuron_says_nothing(layer: nn.Module, other: nn.Module) -> None:
+    other.load_state_dict(layer.state_dict(), strict=False)
+    copy.deepcopy(other).load_state_dict(other.state_dict())
+
+
+def test_a_checkpoint_without_constants_is_loaded() -> None:
+    net, other = small_net(), small_net()
+    before = {name: value for name, value in net.state_dict().items() if not name.endswith("_extra_state")}
+    assert len(before) == len(net.state_dict()) - 2
+    assert not any(other.load_state_dict(before))
+    assert not any(other.load_state_dict(before, strict=False))
+
+
+@pytest.mark.parametrize("state", [{"decay": 0.5}, torch.tensor([300]), torch.tensor([1.5, math.nan]), torch.ones(3)])
+def test_constants_that_cannot_be_read(state: Any) -> None:
+    with pytest.warns(UserWarning, match="^LIFLayer: the constants in the checkpoint cannot be read: "):
+        stbp_cuda.LIFLayer().load_state_dict({"_extra_state": state})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value, _: value.cpu().clone(),
+        lambda value, _: value.float(),
+        lambda value, _: value.half(),
+        lambda value, _: value.bfloat16(),
+        lambda value, other: 0.3 * value + 0.7 * other,
+        lambda value, other: torch.stack([value.float(), other.float()]).mean(0),
+        lambda value, other: value + (other - value),
+    ],
+)
+def test_what_is_done_to_all_of_a_state_dict(change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Code that moves, converts or averages checkpoints takes all their values for tensors."""
+    net, other = small_net(), small_net()
+    both = zip(net.state_dict().items(), other.state_dict().values(), strict=True)
+    net.load_state_dict({name: change(a, b) for (name, a), b in both})
+    net.load_state_dict(torch.load(io_of(net.state_dict()), map_location="meta"), assign=True)
+
+
+def io_of(value: object) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def test_constants_are_no_parameters() -> None:
+    net, x = small_net(), torch.rand(8, 1, 8, 8)
+    expected = net(x)
+    assert torch.equal(torch.func.functional_call(net, net.state_dict(), (x,)), expected)
+    mean = torch.optim.swa_utils.AveragedModel(net)
+    mean.update_parameters(net)
+    mean.module.load_state_dict(net.state_dict())
+    assert {value.numel() for name, value in net.state_dict().items() if name.endswith("_extra_state")} == {256}
+    with torch.device("meta"):
+        assert torch.equal(stbp_cuda.LIFLayer().state_dict()["_extra_state"], stbp_cuda.LIFLayer().get_extra_state())
 
 
 def test_a_whole_module_goes_through_torch_save() -> None:

@@ -438,7 +438,8 @@ def test_copies_files_and_repr(learn_decays: bool) -> None:
         "steps=4",
     ):
         assert part in repr(layer)
-    assert len(layer.state_dict()) == 1 + learn_decays
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "decay_logits"][: 1 + learn_decays]
+    assert not list(layer.buffers())
 
 
 def test_decays_are_learned(device: str) -> None:
