@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .checks import check_sizes, plain
 from .functional import check_steps
+from .tracing import fx_function
 
 __all__ = ["bernoulli", "direct", "event_frames"]
 
@@ -44,6 +45,9 @@ def bernoulli(intensities: Tensor, steps: int, generator: torch.Generator | None
         TypeError: ``intensities`` is not a tensor of a floating dtype.
         ValueError: an intensity lies outside [0, 1] or is NaN; ``steps`` is not a positive integer.
     """
+    node = fx_function(bernoulli, intensities, steps, generator)
+    if node is not None:
+        return node  # type: ignore[no-any-return]
     _check_floating("intensities", intensities)
     steps = check_steps(steps)
     intensities = intensities.detach()  # there is no gradient through chance
@@ -71,6 +75,9 @@ def direct(current: Tensor, steps: int) -> Tensor:
         TypeError: ``current`` is not a tensor of a floating dtype.
         ValueError: ``steps`` is not a positive integer.
     """
+    node = fx_function(direct, current, steps)
+    if node is not None:
+        return node  # type: ignore[no-any-return]
     _check_floating("current", current)
     steps = check_steps(steps)
     return current.unsqueeze(0).expand(steps, *current.shape)

@@ -12,6 +12,7 @@ from . import autograd, ops, reference
 from .checks import check_flag, check_fraction, check_integer, check_number
 from .other_libraries import unexpected_keyword
 from .surrogate import SURROGATES, Surrogate, resolve_surrogate
+from .tracing import fx_function, jit_trace, refuse_trace
 
 if TYPE_CHECKING:
     from typing_extensions import Never, Unpack
@@ -268,6 +269,10 @@ def lif(
         ValueError: an option is out of range, or a shape or device does not fit.
         RuntimeError: ``backend="fused"`` and no fused kernel can run.
     """
+    if not isinstance(x, Tensor):
+        node = fx_function(lif, **{name: value for name, value in locals().items() if name != "unexpected"})
+        if node is not None:
+            return node
     if unexpected:
         raise unexpected_keyword("lif", unexpected)
     checked = check_options(
@@ -290,6 +295,8 @@ def run(
     x: Tensor, checked: Checked, initial_potential: Tensor | None, return_potential: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`lif` with options that were checked before: to check them anew takes a tenth of a small call."""
+    if jit_trace() is not None:
+        refuse_trace(checked.backend)
     steps = checked.steps
     folded = steps is not None
     steps = _check_input(x, steps)
@@ -393,6 +400,12 @@ def neunorm(
         TypeError: an argument has a wrong type, or a tensor a dtype that is not accepted.
         ValueError: an option is out of range, or a shape or device does not fit.
     """
+    if not isinstance(spikes, Tensor):
+        node = fx_function(neunorm, **locals())
+        if node is not None:
+            return node
+    if jit_trace() is not None:
+        refuse_trace("reference")
     number = check_norm(0.0 if isinstance(decay, Tensor) else decay, scaling, "decay")
     decay = decay if isinstance(decay, Tensor) else number
     folded = steps is not None
@@ -435,6 +448,11 @@ def neunorm_lif(
         TypeError, ValueError: as :func:`lif` and :func:`neunorm`.
         RuntimeError: ``backend="fused"`` and no fused kernel can run.
     """
+    if not isinstance(x, Tensor):
+        given = {name: value for name, value in locals().items() if name != "options"}
+        node = fx_function(neunorm_lif, **given, **options)
+        if node is not None:
+            return node
     unexpected = [option for option in options if option not in NeuronOptions.__annotations__]
     if unexpected:
         raise unexpected_keyword("neunorm_lif", unexpected)
@@ -455,6 +473,8 @@ def run_neunorm(
     x: Tensor, weight: Tensor, checked: Checked, decay: float | Tensor, norm_decay: float | Tensor, squared: bool
 ) -> Tensor:
     """:func:`neunorm_lif` with options that were checked before."""
+    if jit_trace() is not None:
+        refuse_trace(checked.backend)
     steps, folded = _check_input(x, checked.steps), checked.steps is not None
     _check_weight(weight, x, folded, "x")
     state = ops.state_dtype(x.dtype)

@@ -16,6 +16,7 @@ from . import functional
 from .checks import check_flag, check_sizes, plain
 from .other_libraries import unexpected_keyword
 from .surrogate import Surrogate, resolve_surrogate
+from .tracing import fx_module, refuse_script
 
 if TYPE_CHECKING:
     from typing_extensions import Never, Unpack
@@ -32,7 +33,7 @@ _OPTIONS = {
 _ATTRIBUTES = frozenset({*_OPTIONS.values(), "norm_decay", "scaling"})
 
 
-class _KnowsItsConstants(nn.Module):
+class _Layer(nn.Module):
     """A module whose state_dict holds the constants that it was trained with, so that loading it into one with others
     warns of them.
 
@@ -40,6 +41,8 @@ class _KnowsItsConstants(nn.Module):
     and compares them, or keeps them in files that hold nothing else. The text is filled up with spaces, as some of that
     code wants the sizes of a checkpoint to be those of the model.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def _constants(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -85,7 +88,7 @@ def _of_surrogate(surrogate: Surrogate) -> dict[str, Any]:
     return {"surrogate": type(surrogate).__name__, **fields}
 
 
-class LIFLayer(_KnowsItsConstants):
+class LIFLayer(_Layer):
     """A layer of leaky integrate-and-fire neurons, run over all time steps at once; :func:`stbp_cuda.functional.lif` as
     a module, and described there.
 
@@ -148,12 +151,15 @@ class LIFLayer(_KnowsItsConstants):
         self.backend_mode: Literal["auto", "fused", "reference"] = backend
         self._checked: functional.Checked | None = self._check()
 
+    def _options(self) -> dict[str, Any]:
+        return {option: getattr(self, name) for option, name in _OPTIONS.items()}
+
     def _check(self) -> functional.Checked:
-        return functional.check_options(**{name: getattr(self, attribute) for name, attribute in _OPTIONS.items()})
+        return functional.check_options(**self._options())
 
     def _constants(self) -> dict[str, Any]:
         left_out = ("surrogate", "steps", "backend")
-        constants = {option: getattr(self, name) for option, name in _OPTIONS.items() if option not in left_out}
+        constants = {option: value for option, value in self._options().items() if option not in left_out}
         return {**constants, **_of_surrogate(resolve_surrogate(self.surrogate))}
 
     def _current(self) -> functional.Checked:
@@ -188,6 +194,10 @@ class LIFLayer(_KnowsItsConstants):
         Raises:
             TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.lif`.
         """
+        if not isinstance(x, Tensor):
+            states = {"initial_potential": initial_potential, "return_potential": return_potential}
+            node = fx_module(self, x, **states)
+            return functional.lif(x, **self._options(), **states) if node is None else node
         return functional.run(x, self._current(), initial_potential, bool(return_potential))
 
     def extra_repr(self) -> str:
@@ -207,7 +217,7 @@ def _weight(shape: Sequence[int]) -> nn.Parameter:
     return nn.Parameter(torch.zeros(sizes))
 
 
-class NeuNorm(_KnowsItsConstants):
+class NeuNorm(_Layer):
     """Neuron normalisation of spikes; :func:`stbp_cuda.functional.neunorm` as a module, and described there.
 
     Args:
@@ -239,6 +249,10 @@ class NeuNorm(_KnowsItsConstants):
 
     def forward(self, spikes: Tensor) -> Tensor:
         """Normalise the spikes of all time steps, ``[T, B, C, H, W]`` or ``[T*B, C, H, W]`` with ``steps=T``."""
+        if not isinstance(spikes, Tensor):
+            node = fx_module(self, spikes)
+            if node is not None:
+                return node
         return functional.neunorm(spikes, self.weight, self.decay, scaling=self.scaling, steps=self.steps)
 
     def extra_repr(self) -> str:
@@ -304,11 +318,18 @@ class NeuNormLIF(LIFLayer):
         Raises:
             TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.neunorm_lif`.
         """
+        if not isinstance(x, Tensor):
+            node = fx_module(self, x)
+            if node is not None:
+                return node
         decay: float | Tensor
         norm_decay: float | Tensor
         decay, norm_decay = self.decay, self.norm_decay
         if self.decay_logits is not None:
             decay, norm_decay = self.decay_logits.sigmoid().unbind()
+        if not isinstance(x, Tensor):
+            options = {**self._options(), "decay": decay, "norm_decay": norm_decay, "scaling": self.scaling}
+            return functional.neunorm_lif(x, self.weight, **options)  # where torch.fx traces this layer alone
         return functional.run_neunorm(x, self.weight, self._current(), decay, norm_decay, self.scaling == "1/F^2")
 
     def extra_repr(self) -> str:

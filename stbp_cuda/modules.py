@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_fraction, check_integer
+from .tracing import fx_module, refuse_script
 
 __all__ = ["Dropout", "TimeDistributed", "Voting", "fold_time"]
 
@@ -18,10 +19,10 @@ MASKS = ("step", "sequence")
 def fold_time(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a function of ``[B, ...]`` to ``[T, B, ...]``, with all steps in one batch of ``T * B``. Time is folded and
     unfolded without a copy, in channels_last, too."""
-    if x.dim() < 2:
+    if isinstance(x, Tensor) and x.dim() < 2:  # else torch.fx traces
         raise ValueError(f"x must be of shape [T, B, ...], got {tuple(x.shape)}")
-    y = function(x.flatten(0, 1))
-    return y.view(*x.shape[:2], *y.shape[1:])
+    y: Tensor = function(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # type: ignore[no-untyped-call]
+    return y
 
 
 class TimeDistributed(nn.Sequential):
@@ -42,6 +43,8 @@ class TimeDistributed(nn.Sequential):
     Raises:
         ValueError: the input has fewer than two dimensions.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, x: Tensor) -> Tensor:
         return fold_time(super().forward, x)
@@ -65,16 +68,19 @@ class Voting(nn.Module):
         ValueError: ``classes`` is not a positive integer, or does not divide the last dimension of the input.
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.classes = check_integer("classes", classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % self.classes:
+        if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % self.classes):
             raise ValueError(
                 f"the last dimension of x must be {self.classes} classes times a population, got {tuple(x.shape)}"
             )
-        return x.view(*x.shape[:-1], self.classes, x.shape[-1] // self.classes).mean(-1)
+        votes: Tensor = x.unflatten(-1, (self.classes, -1)).mean(-1)  # type: ignore[no-untyped-call]
+        return votes
 
     def extra_repr(self) -> str:
         return f"classes={self.classes}"
@@ -96,6 +102,8 @@ class Dropout(nn.Module):
         ValueError: ``p`` or ``mask`` is not one of those accepted; the input has no time dimension.
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(self, p: float = 0.5, mask: Literal["step", "sequence"] = "step") -> None:
         super().__init__()
         if mask not in MASKS:
@@ -104,6 +112,10 @@ class Dropout(nn.Module):
         self.mask: Literal["step", "sequence"] = mask
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            node = fx_module(self, x)
+            if node is not None:
+                return node
         if x.dim() < 2:
             raise ValueError(f"x must be of shape [T, B, ...], got {tuple(x.shape)}")
         if not self.training:

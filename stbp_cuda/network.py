@@ -18,6 +18,7 @@ from .functional import check_steps
 from .layers import LIFLayer, NeuNormLIF
 from .modules import Dropout, Voting, fold_time
 from .surrogate import Surrogate
+from .tracing import fx_function, refuse_script
 
 __all__ = ["Network", "network"]
 
@@ -120,6 +121,8 @@ class Network(nn.Module):
             flatten, fc1, lif3 and so on.
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(
         self, notation: str, input_shape: tuple[int, ...], steps: int | None, layers: Sequence[_Layer]
     ) -> None:
@@ -151,9 +154,11 @@ class Network(nn.Module):
         """
         constant = self.steps is not None
         leading = "B" if constant else "TB"
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor | torch.fx.Proxy):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        if x.dim() != len(leading) + len(self.input_shape) or x.shape[len(leading) :] != self.input_shape:
+        if isinstance(x, Tensor) and (
+            x.dim() != len(leading) + len(self.input_shape) or x.shape[len(leading) :] != self.input_shape
+        ):
             axes = ", ".join([*leading, *map(str, self.input_shape)])
             same = f", the same at each of {self.steps} steps" if constant else ""
             raise ValueError(f"x must be of shape [{axes}]{same}; got {tuple(x.shape)}")
@@ -189,6 +194,9 @@ class Network(nn.Module):
 
 def _repeat(current: Tensor, steps: int) -> Tensor:
     """:func:`encoding.direct`, but channels_last stays so where the neurons make the view contiguous."""
+    node = fx_function(_repeat, current, steps)
+    if node is not None:
+        return node  # type: ignore[no-any-return]
     if current.dim() == 4 and current.is_contiguous(memory_format=torch.channels_last):
         return encoding.direct(current.permute(0, 2, 3, 1), steps).contiguous().permute(0, 1, 4, 2, 3)
     return encoding.direct(current, steps)

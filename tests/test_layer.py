@@ -311,6 +311,122 @@ def test_numbers_set_later_are_checked(argument: str) -> None:
         layer(torch.randn(3, 4))
 
 
+class Traced(nn.Module):
+    """Layers, functions, and a layer with two results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.lif = stbp_cuda.LIFLayer(v_threshold=0.2)
+        self.weight = nn.Parameter(torch.full((6,), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes, potential = self.lif(self.fc(x), return_potential=True)
+        x = functional.lif(self.fc(spikes) + potential, surrogate=Gaussian(0.3), v_threshold=0.1, reset="soft")
+        x = functional.neunorm_lif(self.fc(x), self.weight, decay=0.3, v_threshold=0.1)
+        return functional.neunorm(x, self.weight) + stbp_cuda.encoding.direct(potential, 5)
+
+
+def time_distributed() -> nn.Module:
+    conv = stbp_cuda.TimeDistributed(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4))
+    return nn.Sequential(conv, stbp_cuda.LIFLayer(), stbp_cuda.NeuNorm((4, 6, 6)))
+
+
+def whole_network(steps: int | None) -> stbp_cuda.Network:
+    return stbp_cuda.network("4C3(Enc)-4C3-P2-20-Voting", (1, 6, 6), steps=steps, neunorm=True, dropout=0.5)
+
+
+FOR_FX: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = {  # a net, an input, its leaves of ours
+    "small_net": (small_net, (8, 1, 8, 8), ["2", "6"]),
+    "functions": (Traced, (5, 3, 6), ["lif"]),
+    "time distributed": (time_distributed, (5, 3, 1, 6, 6), ["1", "2"]),
+    "network": (
+        functools.partial(whole_network, None),
+        (5, 3, 1, 6, 6),
+        [f"layers.{name}" for name in ("lif1", "dropout1", "lif2", "dropout2", "lif3", "lif4")],
+    ),
+    "constant": (
+        functools.partial(whole_network, 5),
+        (3, 1, 6, 6),
+        [f"layers.{name}" for name in ("lif1", "dropout1", "lif2", "dropout2", "lif3", "lif4")],
+    ),
+    "a layer": (stbp_cuda.LIFLayer, (5, 3, 6), []),
+    "a layer with norm": (functools.partial(stbp_cuda.NeuNormLIF, (6,), learn_decays=True), (5, 3, 6), []),
+    "a norm": (functools.partial(stbp_cuda.NeuNorm, (6,), steps=5), (10, 6), []),
+}
+
+
+@pytest.mark.parametrize("name", FOR_FX)
+def test_fx_keeps_layers_as_leaves(name: str) -> None:
+    make, shape, leaves = FOR_FX[name]
+    torch.manual_seed(0)
+    net, x = make(), torch.rand(shape)
+
+    def results(net: nn.Module) -> list[Tensor]:
+        torch.manual_seed(0)  # of dropout
+        y = net(x_ := x.clone().requires_grad_())
+        wanted = [x_, *(parameter for _, parameter in sorted(net.named_parameters()))]
+        return [y, *torch.autograd.grad(y.square().sum(), wanted)]
+
+    traced = torch.fx.symbolic_trace(net)
+    modules = {node.target: node.target for node in traced.graph.nodes if node.op == "call_module"}
+    ours = [target for target in modules if type(net.get_submodule(target)).__module__.startswith("stbp_cuda")]
+    assert ours == leaves
+    expected = results(net)
+    again = torch.fx.symbolic_trace(traced)
+    for graph in (traced, again, pickle.loads(pickle.dumps(again)), copy.deepcopy(traced)):
+        for a, b in zip(results(graph), expected, strict=True):
+            assert torch.equal(a, b)
+    assert torch.equal(traced.eval()(x), net.eval()(x))
+
+
+JIT = [
+    stbp_cuda.LIFLayer(),
+    stbp_cuda.LIFLayer(steps=5, backend="reference"),
+    stbp_cuda.NeuNormLIF((6,)),
+    stbp_cuda.NeuNorm((6,)),
+    stbp_cuda.network("6-4-2", (6,)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("layer", JIT, ids=lambda layer: type(layer).__name__)
+def test_jit_is_refused(layer: nn.Module) -> None:
+    """A trace would give the number of steps of its example to all, and no error."""
+    x = torch.rand(5, 2, 6)
+    for net in (layer, nn.Sequential(nn.Identity(), layer)):
+        with pytest.raises(
+            RuntimeError, match=r"torch.jit.trace would fix .*: use torch.compile, torch.export or torch.fx"
+        ):
+            torch.jit.trace(net, (x,))
+        with pytest.raises(RuntimeError, match=f"torch.jit.script cannot compile {type(layer).__name__} of stbp_cuda"):
+            torch.jit.script(net)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("call", [functional.lif, lambda x: functional.neunorm_lif(x, torch.ones(6))])
+def test_jit_is_refused_by_the_functions(call: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace would fix the number of time steps"):
+        torch.jit.trace(call, (torch.rand(5, 2, 6),))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning"
+)
+def test_the_exporter_of_onnx_that_traces(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    x = torch.rand(8, 1, 8, 8)
+    with pytest.raises(
+        RuntimeError, match="ONNX has no operator for spiking neurons: export them with backend='reference"
+    ):
+        torch.onnx.export(small_net().eval(), (x,), tmp_path / "net.onnx", dynamo=False)
+    net = small_net(backend="reference").eval()
+    torch.onnx.export(net, (x,), str(tmp_path / "net.onnx"), dynamo=False, input_names=["x"])
+    runtime = pytest.importorskip("onnxruntime")
+    (found,) = runtime.InferenceSession(tmp_path / "net.onnx").run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), net(x).detach())
+
+
 def _ddp_worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
