@@ -124,7 +124,7 @@ def _fsdp_worker(rank: int, folder: str) -> None:
         optimizer.zero_grad()
         net(x[rank]).square().mean().backward()
         optimizer.step()
-    torch.save({name: value.full_tensor() for name, value in net.state_dict().items()}, f"{folder}/net{rank}.pt")
+    torch.save({name: value.full_tensor() for name, value in net.named_parameters()}, f"{folder}/net{rank}.pt")
     torch.distributed.destroy_process_group()
     os._exit(0)  # as in test_layer.py
 
@@ -137,7 +137,7 @@ def test_two_processes_of_fsdp2(tmp_path: Path) -> None:
     torch.save((net, x), tmp_path / "net.pt")
     torch.multiprocessing.spawn(_fsdp_worker, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"net{rank}.pt", weights_only=True) for rank in range(2))
-    before = {name: value.clone() for name, value in net.state_dict().items()}
+    before = {name: value.detach().clone() for name, value in net.named_parameters()}
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
@@ -192,6 +192,13 @@ def test_grad_scaler(names: Names) -> None:
     for old, new in zip(before, names["net"].parameters(), strict=True):
         assert new.isfinite().all()
         assert not torch.equal(old, new)
+
+
+def test_fx(names: Names) -> None:
+    traced = run_section("FX, torch.jit", names)["traced"]
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 4
+    x = torch.rand(9, 2, 6)
+    assert torch.equal(traced(x), names["net"](x))
 
 
 @pytest.mark.cuda
