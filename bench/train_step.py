@@ -454,7 +454,6 @@ def peak(network: Network, name: str, device: str, threads: int) -> int | None:
     few = x[:1] if network.direct else x[:, :1]
     train(make(name, small, state, at), few.contiguous(), y[:1])()
     step = train(make(name, network, state, at), x, y)
-    stbp_cuda.empty_cpu_cache()
     return harness.peak_memory(step, at)
 
 

@@ -6,7 +6,7 @@ from . import encoding, functional, init, losses, surrogate
 from .layers import LIFLayer, NeuNorm, NeuNormLIF
 from .modules import Dropout, TimeDistributed, Voting
 from .network import Network, network
-from .ops import build_info, empty_cpu_cache
+from .ops import build_info
 
 __version__ = importlib.metadata.version("stbp_cuda")
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "Voting",
     "__version__",
     "build_info",
-    "empty_cpu_cache",
     "encoding",
     "functional",
     "init",
