@@ -351,7 +351,7 @@ def main() -> None:
     add("--dtypes", nargs="+", choices=DTYPES, help="default: float32 bfloat16; with --quick float32")
     add("--steps", nargs="+", type=positive(int), metavar="T", help="in place of the grid's")
     add("--neurons", nargs="+", type=positive(int), metavar="N", help="in place of the grid's")
-    add("--rivals", nargs="+", choices=OTHERS, default=OTHERS, metavar="NAME", help=f"some of {', '.join(OTHERS)}")
+    add("--rivals", nargs="*", choices=OTHERS, default=OTHERS, metavar="NAME", help=f"none, or of {', '.join(OTHERS)}")
     add("--longest", type=positive(float), default=2.0, help="seconds for a call, else a rival is left out; default 2")
     add("--compile-steps", type=positive(int), default=64, help="the largest T for torch.compile; default 64")
     args = parser.parse_args()
