@@ -23,7 +23,7 @@ from rivals import RIVALS, random_input
 from torch import Tensor
 
 import stbp_cuda
-from stbp_cuda import functional, ops
+from stbp_cuda import autograd, functional, ops
 
 BASE, MOST = "x * 2 as an autograd.Function", 1.5  # the layer may take so many times as long
 LEFT_OUT = ("ours", "compile")  # of the rivals: the layer has its own line, and a compiled function runs no Python
@@ -44,8 +44,8 @@ class Times2(torch.autograd.Function):
 class Decorated(torch.autograd.Function):
     """The layer's function with the customary decorator."""
 
-    forward = ops.FusedLIF.forward
-    backward = staticmethod(torch.autograd.function.once_differentiable(ops.FusedLIF.backward))
+    forward = autograd.FusedLIF.forward
+    backward = staticmethod(torch.autograd.function.once_differentiable(autograd.FusedLIF.backward))
 
 
 def registered() -> Callable[..., Tensor]:
@@ -53,7 +53,7 @@ def registered() -> Callable[..., Tensor]:
 
     @torch.library.custom_op("stbp_cuda_bench::lif", mutates_args=())
     def lif(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        spikes, _, states = ops.lif_forward(x, None, steps, NEURON, False, True)
+        spikes, _, states = ops.lif_forward(x, None, steps, NEURON, None, False, True)
         return spikes, states
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -63,7 +63,7 @@ def registered() -> Callable[..., Tensor]:
 
     def backward(ctx: Any, grad_spikes: Tensor, grad_states: None) -> tuple[Tensor, None]:
         x, states = ctx.saved_tensors
-        return ops.lif_backward(grad_spikes, None, x, None, states, ctx.steps, NEURON, False)[0], None
+        return ops.lif_backward(grad_spikes, None, x, None, states, ctx.steps, NEURON, None, False)[0], None
 
     lif.register_autograd(backward, setup_context=setup_context)
     return lambda x, steps: lif(x, steps)[0]
@@ -100,8 +100,8 @@ def contestants(steps: int, neurons: int, device: torch.device) -> dict[str, dic
     x, grad = random_input(steps, neurons, torch.float32, device)
     plain = x.detach()
     layer = stbp_cuda.LIFLayer(0.5, 0.75, backend="fused")
-    checked = functional.check_options(**{name: getattr(layer, name) for name in CHECKED})
-    states = ops.lif_forward(plain, None, steps, NEURON, False, True)[2]
+    checked = functional.check_options(decay=0.5, v_threshold=0.75, backend="fused")
+    states = ops.lif_forward(plain, None, steps, NEURON, None, False, True)[2]
     way = functools.partial(both_ways, x=x, grad=grad)
     return {
         "forward and backward": {
@@ -109,7 +109,7 @@ def contestants(steps: int, neurons: int, device: torch.device) -> dict[str, dic
             BASE: lambda: way(Times2.apply),
             "LIFLayer": lambda: way(layer),
             "its autograd.Function": lambda: way(
-                lambda x: ops.FusedLIF.apply(x, None, (steps, NEURON, False)),
+                lambda x: autograd.FusedLIF.apply(x, None, (steps, NEURON, False)),
             ),
             "with once_differentiable": lambda: way(lambda x: Decorated.apply(x, None, (steps, NEURON, False))),
             "with register_autograd": functools.partial(way, functools.partial(registered(), steps=steps)),
@@ -120,9 +120,9 @@ def contestants(steps: int, neurons: int, device: torch.device) -> dict[str, dic
             },
         },
         "parts": {
-            "operator, forward": lambda: ops.lif_forward(plain, None, steps, NEURON, False, True),
-            "operator, backward": lambda: ops.lif_backward(grad, None, plain, None, states, steps, NEURON, False),
-            "autograd.Function, forward": lambda: ops.FusedLIF.apply(x, None, (steps, NEURON, False)),
+            "operator, forward": lambda: ops.lif_forward(plain, None, steps, NEURON, None, False, True),
+            "operator, backward": lambda: ops.lif_backward(grad, None, plain, None, states, steps, NEURON, None, False),
+            "autograd.Function, forward": lambda: autograd.FusedLIF.apply(x, None, (steps, NEURON, False)),
             "checks of x, and the Function": lambda: functional.run(x, checked, None, False),
             "LIFLayer, forward": lambda: layer(x),
             "functional.lif, forward": lambda: functional.lif(x, backend="fused"),
@@ -130,12 +130,6 @@ def contestants(steps: int, neurons: int, device: torch.device) -> dict[str, dic
             "x * 2, no_grad": lambda: plain * 2,
         },
     }
-
-
-CHECKED = (
-    *("decay", "v_threshold", "surrogate", "reset", "v_reset", "detach_reset", "spatial_only"),
-    *("strict_threshold", "steps", "backend"),
-)
 
 
 def picture(times: dict[str, dict[str, Any]], machine: dict[str, Any], shape: str) -> Figure:

@@ -53,8 +53,8 @@ void visit_scalar(ScalarType type, const Run& run) {
 }
 
 // What stbp_cuda/ops.py writes, such as
-//   "lif decay=0.25 v_threshold=0.75 v_reset=0.0 reset=hard detach_reset=0 spatial_only=0
-//   strict_threshold=0 smooth=0 surrogate=rectangular width=1.0"
+//   "lif decay=0.25 v_threshold=0.75 v_reset=0.0 width=1.0 reset=hard detach_reset=0 spatial_only=0
+//   strict_threshold=0 smooth=0 surrogate=rectangular"
 // in one line: one argument that explains itself, as each one costs a call some tenth of a microsecond.
 class NeuronText {
  public:
@@ -63,13 +63,13 @@ class NeuronText {
     options.decay = number(" decay=");
     options.v_threshold = number(" v_threshold=");
     options.v_reset = number(" v_reset=");
+    options.width = number(" width=");
     options.soft_reset = word(" reset=") == "soft";
     options.detach_reset = number(" detach_reset=") != 0;
     options.spatial_only = number(" spatial_only=") != 0;
     options.strict_threshold = number(" strict_threshold=") != 0;
     options.smooth = number(" smooth=") != 0;
     options.surrogate = surrogate_place(Surrogates{}, word(" surrogate="));
-    options.width = number(" width=");
     check(rest_.empty(), "neuron has more than it should, got ", text_);
     check(options.width > 0, "width must be positive, got ", options.width);
   }
@@ -100,15 +100,33 @@ class NeuronText {
   std::string_view rest_;
 };
 
-inline LifOptions options_from(const std::string& neuron, const Tensor& x) {
+// `numbers` are decay, v_threshold, v_reset, width and, with normalisation, norm_decay: a tensor [4] or [5] in float64
+// on the CPU. Where it is given, they hold in place of those in `neuron`. A compiled graph is then right for all
+// values.
+inline LifOptions options_from(const std::string& neuron, const std::optional<Tensor>& numbers, const Tensor& x,
+                               double* norm_decay = nullptr) {
   static thread_local std::unordered_map<std::string, LifOptions> known;
   auto found = known.find(neuron);
   if (found == known.end()) {
     if (known.size() >= 1000) known.clear();  // someone changes the width in every step
     found = known.emplace(neuron, NeuronText(neuron).options).first;
   }
-  check(!found->second.smooth || x.scalar_type() == ScalarType::Double, "the smooth spike needs x in float64");
-  return found->second;
+  LifOptions options = found->second;
+  check(!options.smooth || x.scalar_type() == ScalarType::Double, "the smooth spike needs x in float64");
+  if (numbers) {
+    const int64_t count = norm_decay ? 5 : 4;
+    check(numbers->is_cpu() && numbers->scalar_type() == ScalarType::Double && has_strides(*numbers, {1}) &&
+              sizes_of(*numbers) == std::vector<int64_t>{count},
+          "numbers must be a contiguous tensor of ", count, " values in float64 on the CPU");
+    const double* const value = static_cast<const double*>(numbers->const_data_ptr());
+    options.decay = value[0];
+    options.v_threshold = value[1];
+    options.v_reset = value[2];
+    options.width = value[3];
+    if (norm_decay) *norm_decay = value[4];
+    check(options.width > 0, "width must be positive, got ", options.width);
+  }
+  return options;
 }
 
 // Stands for an output that was not asked for.
@@ -124,12 +142,13 @@ T* output_pointer(const Tensor& tensor) {
   return tensor.numel() > 0 ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
 }
 
-// -> spikes; the final potential; the state after every kChunk-th step but the last. The last two only if asked for.
+// -> spikes; the final potential; the state after every kChunk-th step but the last. The last two are empty
+// unless asked for.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> lif_forward(const Tensor& x, const std::optional<Tensor>& initial_potential,
-                                               int64_t steps, std::string neuron, bool return_potential,
-                                               bool save_states) {
-  const LifOptions options = options_from(neuron, x);
+                                               int64_t steps, std::string neuron, const std::optional<Tensor>& numbers,
+                                               bool return_potential, bool save_states) {
+  const LifOptions options = options_from(neuron, numbers, x);
   const Layout layout(x, steps);
   const ScalarType state = state_type(x.scalar_type());
   const Tensor input = layout.input_fits ? x : with_strides(x, layout.strides);
@@ -141,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> lif_forward(const Tensor& x, const std::optio
   const Tensor spikes = empty_with(layout.sizes, layout.strides, x.scalar_type(), x);
   const Tensor final_potential =
       return_potential ? empty_with(layout.sizes_for(1), layout.strides, state, x) : no_output(state, x);
-  const Tensor states = saved ? empty_with(layout.sizes_for(saved), layout.strides, state, x) : no_output(state, x);
+  const Tensor states = empty_with(layout.sizes_for(saved), layout.strides, state, x);
 
   if (layout.neurons > 0) {
     visit_scalar(x.scalar_type(), [&](auto type) {
@@ -160,13 +179,13 @@ std::tuple<Tensor, Tensor, Tensor> lif_forward(const Tensor& x, const std::optio
   return {spikes, final_potential, states};
 }
 
-// -> dL/dx; dL/d(initial potential) if asked for.
+// -> dL/dx; dL/d(initial potential) if asked for. Where `states` is empty, they are computed anew.
 template <class Device>
 std::tuple<Tensor, Tensor> lif_backward(const Tensor& grad_spikes, const std::optional<Tensor>& grad_final,
                                         const Tensor& x, const std::optional<Tensor>& initial_potential,
                                         const Tensor& states, int64_t steps, std::string neuron,
-                                        bool return_grad_initial) {
-  const LifOptions options = options_from(neuron, x);
+                                        const std::optional<Tensor>& numbers, bool return_grad_initial) {
+  const LifOptions options = options_from(neuron, numbers, x);
   const Layout layout(x, steps);
   const ScalarType state = state_type(x.scalar_type());
   const Tensor input = layout.input_fits ? x : with_strides(x, layout.strides);
@@ -176,7 +195,12 @@ std::tuple<Tensor, Tensor> lif_backward(const Tensor& grad_spikes, const std::op
     initial = matching("initial_potential", *initial_potential, layout.sizes_for(1), state, layout.strides, x);
   if (grad_final) grad_last = matching("grad_final", *grad_final, layout.sizes_for(1), state, layout.strides, x);
   const int64_t saved = (steps - 1) / Device::kChunk;
-  if (saved) kept = matching("states", states, layout.sizes_for(saved), state, layout.strides, x);
+  if (saved) {
+    const bool anew = states.numel() == 0;
+    const Tensor& known =
+        anew ? std::get<2>(lif_forward<Device>(x, initial_potential, steps, neuron, numbers, false, true)) : states;
+    kept = matching("states", known, layout.sizes_for(saved), state, layout.strides, x);
+  }
 
   const Tensor grad_x = empty_with(layout.sizes, layout.strides, x.scalar_type(), x);
   const Tensor grad_initial =
@@ -246,12 +270,13 @@ struct NeuNormShape {
 };
 
 // -> spikes less U a; the sums of spikes and the maps a [T, B, P]; the state after every kNeuNormChunk-th step but the
-// last.
+// last, or nothing.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> neunorm_lif_forward(const Tensor& x, const Tensor& weight,
                                                                const std::optional<Tensor>& decays, int64_t steps,
-                                                               std::string neuron, double norm_decay, bool squared) {
-  const LifOptions options = options_from(neuron, x);
+                                                               std::string neuron, const std::optional<Tensor>& numbers,
+                                                               double norm_decay, bool squared, bool save_states) {
+  const LifOptions options = options_from(neuron, numbers, x, &norm_decay);
   const NeuNormShape shape(x, weight, steps);
   const ScalarType type = x.scalar_type(), state = state_type(type);
   const std::vector<int64_t> strides = shape.strides_for(shape.sizes, shape.own.size());
@@ -286,17 +311,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neunorm_lif_forward(const Tensor& x, 
       Device::neunorm_forward(io, options, x.get_device_index());
     });
   }
-  return {normalised, sums, maps, states};
+  return {normalised, sums, maps, save_states ? states : no_output(state, x)};
 }
 
-// -> dL/dx; dL/dU; dL/d(both decays) [2] if asked for.
+// -> dL/dx; dL/dU; dL/d(both decays) [2] if asked for. Where `states` is empty, they are computed anew.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> neunorm_lif_backward(const Tensor& grad_normalised, const Tensor& x,
                                                         const Tensor& weight, const std::optional<Tensor>& decays,
                                                         const Tensor& sums, const Tensor& maps, const Tensor& states,
-                                                        int64_t steps, std::string neuron, double norm_decay,
+                                                        int64_t steps, std::string neuron,
+                                                        const std::optional<Tensor>& numbers, double norm_decay,
                                                         bool squared, bool return_grad_decays) {
-  const LifOptions options = options_from(neuron, x);
+  const LifOptions options = options_from(neuron, numbers, x, &norm_decay);
   const NeuNormShape shape(x, weight, steps);
   const ScalarType type = x.scalar_type(), state = state_type(type);
   const std::vector<int64_t> strides = shape.strides_for(shape.sizes, shape.own.size());
@@ -309,7 +335,12 @@ std::tuple<Tensor, Tensor, Tensor> neunorm_lif_backward(const Tensor& grad_norma
   if (decays) both = matching("decays", *decays, {2}, state, {1}, x);
   const Tensor sum = matching("sums", sums, of_maps, state, contiguous_strides(of_maps), x);
   const Tensor map = matching("maps", maps, of_maps, state, contiguous_strides(of_maps), x);
-  const Tensor kept = matching("states", states, of_states, state, shape.strides_for(of_states, 2), x);
+  const bool anew = of_states[0] > 0 && states.numel() == 0;
+  const Tensor known = anew ? std::get<3>(neunorm_lif_forward<Device>(x, weight, decays, steps, neuron, numbers,
+                                                                      norm_decay, squared, true))
+                            : states;
+  const Tensor kept =
+      of_states[0] == 0 ? known : matching("states", known, of_states, state, shape.strides_for(of_states, 2), x);
 
   const auto [groups, strips] = Device::neunorm_parts(shape, type, return_grad_decays);
   std::vector<int64_t> partial = shape.own;

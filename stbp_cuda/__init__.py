@@ -1,14 +1,12 @@
 """Fused kernels for spiking neural networks trained with spatio-temporal backpropagation (STBP)."""
 
-import importlib.metadata
-
 from . import encoding, functional, init, losses, surrogate
 from .layers import LIFLayer, NeuNorm, NeuNormLIF
 from .modules import Dropout, TimeDistributed, Voting
 from .network import Network, network
-from .ops import build_info
+from .ops import VERSION, build_info
 
-__version__ = importlib.metadata.version("stbp_cuda")
+__version__ = VERSION
 __all__ = [
     "Dropout",
     "LIFLayer",

@@ -4,14 +4,14 @@ recording."""
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_sizes, plain
 from .functional import check_steps
 
 __all__ = ["bernoulli", "direct", "event_frames"]
@@ -45,7 +45,7 @@ def bernoulli(intensities: Tensor, steps: int, generator: torch.Generator | None
         ValueError: an intensity lies outside [0, 1] or is NaN; ``steps`` is not a positive integer.
     """
     _check_floating("intensities", intensities)
-    check_steps(steps)
+    steps = check_steps(steps)
     intensities = intensities.detach()  # there is no gradient through chance
     if intensities.numel():
         low, high = (bound.item() for bound in intensities.aminmax())
@@ -72,16 +72,8 @@ def direct(current: Tensor, steps: int) -> Tensor:
         ValueError: ``steps`` is not a positive integer.
     """
     _check_floating("current", current)
-    check_steps(steps)
+    steps = check_steps(steps)
     return current.unsqueeze(0).expand(steps, *current.shape)
-
-
-def _whole(value: object) -> int | None:
-    """A whole number of any kind (NumPy's and 0-d tensors, too) as an int, None for all else."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
 
 
 def _check_field(events: Any, field: str, low: int, high: int) -> None:
@@ -134,14 +126,13 @@ def event_frames(events: Any, sensor_size: Sequence[int], time_window: int, step
         ValueError: an event lies outside of the sensor or between its pixels, has another polarity or a time that is
             NaN or infinite; the times fall; or another argument is out of range.
     """
-    check_steps(steps)
-    steps, window = operator.index(steps), _whole(time_window)
-    if window is None or not 1 <= window < 2**63:
+    steps, window = check_steps(steps), plain(time_window)
+    if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window < 2**63:
         raise ValueError(
             f"time_window must be a positive whole number of microseconds below 2**63, got {time_window!r}"
         )
-    sizes = [_whole(size) or 0 for size in sensor_size] if isinstance(sensor_size, Iterable) else []
-    if len(sizes) != 3 or min(sizes) < 1 or sizes[2] != 2:
+    sizes = check_sizes(sensor_size)
+    if len(sizes) != 3 or sizes[2] != 2:
         raise ValueError(f"sensor_size must be (width, height, 2), got {sensor_size}")
     fields = getattr(getattr(events, "dtype", None), "names", None) or ()
     if not isinstance(events, np.ndarray) or not {"x", "y", "p", "t"} <= set(fields):

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import autograd, ops, reference
+from .checks import check_flag, check_fraction, check_integer, check_number
+from .other_libraries import unexpected_keyword
 from .surrogate import SURROGATES, Surrogate, resolve_surrogate
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Never, Unpack
 
 __all__ = [
     "Checked",
@@ -28,31 +30,17 @@ __all__ = [
 
 BACKENDS = ("auto", "fused", "reference")
 RESETS = ("hard", "soft")
+SNNTORCH = ("zero", "subtract", "none")
 SCALINGS = ("1/F", "1/F^2")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-FLOAT32_MAX = torch.finfo(torch.float32).max
 
 _warned: set[str] = set()
 _with_kernels: set[torch.device] = set()  # devices that were asked, beside the CPU
 
 
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not -FLOAT32_MAX <= value <= FLOAT32_MAX:
-        raise ValueError(f"{name} must be finite in float32, got {value}")
-
-
-def _check_decay(name: str, value: object) -> None:
-    _check_number(name, value)
-    if not 0 <= value <= 1:  # type: ignore[operator]
-        raise ValueError(f"{name} must lie in [0, 1], got {value}")
-
-
-def check_steps(steps: object) -> None:
-    """Raise if a number of time steps is none."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+def check_steps(steps: object) -> int:
+    """The number of time steps as a Python integer; raise if it is none."""
+    return check_integer("steps", steps)
 
 
 class Checked(NamedTuple):
@@ -79,11 +67,14 @@ def check_options(
     backend: str = "auto",
 ) -> Checked:
     """Raise if an option of :func:`lif` is not one it accepts; the options are described there."""
-    _check_decay("decay", decay)
-    _check_number("v_threshold", v_threshold)
-    _check_number("v_reset", v_reset)
+    if v_reset is None:
+        raise TypeError("v_reset must be a number, got None; for a soft reset, which has none, write reset='soft'")
+    decay = check_fraction("decay", decay, "; for a time constant tau it is 1 - 1/tau")
+    v_threshold = check_number("v_threshold", v_threshold)
+    v_reset = check_number("v_reset", v_reset)
     if reset not in RESETS:
-        raise ValueError(f"reset must be one of {', '.join(RESETS)}, got {reset!r}")
+        advice = "; snnTorch's 'zero' is 'hard', its 'subtract' is 'soft' but a step later" if reset in SNNTORCH else ""
+        raise ValueError(f"reset must be one of {', '.join(RESETS)}, got {reset!r}{advice}")
     if reset == "soft" and v_reset != 0:
         raise ValueError(f"v_reset belongs to reset='hard'; a soft reset subtracts v_threshold, got v_reset={v_reset}")
     if v_threshold <= v_reset:
@@ -92,19 +83,25 @@ def check_options(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if steps is not None:
-        check_steps(steps)
+        steps = check_steps(steps)
     options: dict[str, Any] = {
         "decay": decay,
         "v_threshold": v_threshold,
         "v_reset": v_reset,
         "soft_reset": reset == "soft",
-        "detach_reset": bool(detach_reset),
-        "spatial_only": bool(spatial_only),
-        "strict_threshold": bool(strict_threshold),
-        "smooth": bool(smooth),
+        "detach_reset": check_flag("detach_reset", detach_reset),
+        "spatial_only": check_flag("spatial_only", spatial_only),
+        "strict_threshold": check_flag("strict_threshold", strict_threshold),
+        "smooth": check_flag("smooth", smooth),
         "surrogate": resolve_surrogate(surrogate),
     }
-    return Checked(options, ops.neuron_text(**options), steps, backend)
+    # Text would fix the numbers of a compiled graph.
+    neuron = "" if torch.compiler.is_compiling() else ops.neuron_text(ops.switches(**options), *_numbers(options))
+    return Checked(options, neuron, steps, backend)
+
+
+def _numbers(options: dict[str, Any]) -> tuple[float, float, float, float]:
+    return options["decay"], options["v_threshold"], options["v_reset"], options["surrogate"].width
 
 
 def _check_input(x: Tensor, steps: int | None, name: str = "x") -> int:
@@ -225,6 +222,7 @@ def lif(
     initial_potential: Tensor | None = None,
     return_potential: bool = False,
     backend: Literal["auto", "fused", "reference"] = "auto",
+    **unexpected: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Leaky integrate-and-fire neurons over all time steps, with the gradient of STBP.
 
@@ -270,6 +268,8 @@ def lif(
         ValueError: an option is out of range, or a shape or device does not fit.
         RuntimeError: ``backend="fused"`` and no fused kernel can run.
     """
+    if unexpected:
+        raise unexpected_keyword("lif", unexpected)
     checked = check_options(
         decay=decay,
         v_threshold=v_threshold,
@@ -283,7 +283,7 @@ def lif(
         steps=steps,
         backend=backend,
     )
-    return run(x, checked, initial_potential, return_potential)
+    return run(x, checked, initial_potential, check_flag("return_potential", return_potential))
 
 
 def run(
@@ -309,26 +309,40 @@ def run(
         initial_potential = initial_potential.to(ops.state_dtype(x.dtype))
         if not folded:
             initial_potential = initial_potential.unsqueeze(0)
-    if torch.is_grad_enabled() and (
+    if torch.compiler.is_compiling():
+        numbers, switches = _numbers(checked.options), ops.switches(**checked.options)
+        spikes, potential = torch.ops.stbp_cuda.lif(
+            x, initial_potential, steps, *numbers, switches, return_potential, ops.VERSION
+        )
+    elif autograd.transforms():
+        spikes, potential, _ = autograd.TransformableLIF.apply(
+            x, initial_potential, steps, checked.neuron, None, return_potential, False
+        )
+    elif torch.is_grad_enabled() and (
         x.requires_grad or (initial_potential is not None and initial_potential.requires_grad)
     ):
         result: Tensor | tuple[Tensor, Tensor]
-        result = ops.FusedLIF.apply(x, initial_potential, (checked.steps, checked.neuron, return_potential))
+        result = autograd.FusedLIF.apply(x, initial_potential, (steps, checked.neuron, return_potential))
         if not return_potential:
             return result
         spikes, potential = result
     else:
-        spikes, potential, _ = ops.lif_forward(x, initial_potential, steps, checked.neuron, return_potential, False)
-        if not return_potential:
-            return spikes
+        with autograd.below_autograd():
+            spikes, potential, _ = ops.lif_forward(
+                x, initial_potential, steps, checked.neuron, None, return_potential, False
+            )
+    if not return_potential:
+        return spikes
     return spikes, potential if folded else potential.squeeze(0)
 
 
-def check_norm(norm_decay: float, scaling: str, name: str = "norm_decay") -> None:
-    """Raise if an option of :func:`neunorm` or :func:`neunorm_lif` is not one they accept."""
-    _check_decay(name, norm_decay)
+def check_norm(norm_decay: float, scaling: str, name: str = "norm_decay") -> float:
+    """The leak of the auxiliary map as a Python number; raise if an option of :func:`neunorm` or :func:`neunorm_lif` is
+    not one they accept."""
+    norm_decay = check_fraction(name, norm_decay)
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
+    return norm_decay
 
 
 def _check_weight(weight: Tensor, x: Tensor, folded: bool, name: str) -> None:
@@ -379,10 +393,11 @@ def neunorm(
         TypeError: an argument has a wrong type, or a tensor a dtype that is not accepted.
         ValueError: an option is out of range, or a shape or device does not fit.
     """
-    check_norm(0.0 if isinstance(decay, Tensor) else decay, scaling, "decay")
+    number = check_norm(0.0 if isinstance(decay, Tensor) else decay, scaling, "decay")
+    decay = decay if isinstance(decay, Tensor) else number
     folded = steps is not None
     if folded:
-        check_steps(steps)
+        steps = check_steps(steps)
     steps = _check_input(spikes, steps, "spikes")
     _check_weight(weight, spikes, folded, "spikes")
     result = reference.neunorm(_unfolded(spikes, steps, folded), weight, decay=decay, squared=scaling == "1/F^2")
@@ -420,6 +435,9 @@ def neunorm_lif(
         TypeError, ValueError: as :func:`lif` and :func:`neunorm`.
         RuntimeError: ``backend="fused"`` and no fused kernel can run.
     """
+    unexpected = [option for option in options if option not in NeuronOptions.__annotations__]
+    if unexpected:
+        raise unexpected_keyword("neunorm_lif", unexpected)
     checked = check_options(
         decay=0.0 if isinstance(decay, Tensor) else decay,
         v_threshold=v_threshold,
@@ -427,7 +445,9 @@ def neunorm_lif(
         smooth=smooth,
         **options,
     )
-    check_norm(0.0 if isinstance(norm_decay, Tensor) else norm_decay, scaling)
+    number = check_norm(0.0 if isinstance(norm_decay, Tensor) else norm_decay, scaling)
+    decay = decay if isinstance(decay, Tensor) else checked.options["decay"]
+    norm_decay = norm_decay if isinstance(norm_decay, Tensor) else number
     return run_neunorm(x, weight, checked, decay, norm_decay, scaling == "1/F^2")
 
 
@@ -438,6 +458,7 @@ def run_neunorm(
     steps, folded = _check_input(x, checked.steps), checked.steps is not None
     _check_weight(weight, x, folded, "x")
     state = ops.state_dtype(x.dtype)
+    result: Tensor
     if not _use_fused(x, checked):
         spikes, _ = reference.lif(_unfolded(x, steps, folded), None, **{**checked.options, "decay": decay})
         result = reference.neunorm(spikes, weight, decay=norm_decay, squared=squared)
@@ -446,6 +467,17 @@ def run_neunorm(
     if isinstance(decay, Tensor) or isinstance(norm_decay, Tensor):
         both = (torch.as_tensor(value, dtype=state, device=x.device) for value in (decay, norm_decay))
         decays = torch.stack([value.reshape(()) for value in both])
-    constant = 0.0 if isinstance(norm_decay, Tensor) else norm_decay
-    call = (checked.steps, checked.neuron, constant, squared)
-    return ops.FusedNeuNormLIF.apply(x, weight.to(state), decays, call)  # type: ignore[no-any-return]
+    fixed = 0.0 if isinstance(norm_decay, Tensor) else norm_decay
+    weight = weight.to(state)
+    if torch.compiler.is_compiling():
+        numbers, switches = _numbers(checked.options), ops.switches(**checked.options)
+        result = torch.ops.stbp_cuda.neunorm_lif(
+            x, weight, decays, steps, *numbers, fixed, squared, switches, ops.VERSION
+        )
+    elif autograd.transforms():
+        result = autograd.TransformableNeuNormLIF.apply(
+            x, weight, decays, steps, checked.neuron, None, fixed, squared, False
+        )[0]
+    else:
+        result = autograd.FusedNeuNormLIF.apply(x, weight, decays, (steps, checked.neuron, fixed, squared))
+    return result

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from .checks import check_positive
 
 __all__ = ["unit_norm_rows_"]
 
@@ -37,7 +37,6 @@ def unit_norm_rows_(weight: Tensor, norm: float = 1.0, generator: torch.Generato
         raise TypeError(f"weight must be a tensor of a floating dtype, got {found}")
     if weight.dim() < 2:
         raise ValueError(f"weight must be of shape [outputs, inputs, ...], got {tuple(weight.shape)}")
-    if not 0 < norm < math.inf:
-        raise ValueError(f"norm must be positive and finite, got {norm}")
+    norm = check_positive("norm", norm)
     weight.uniform_(-1, 1, generator=generator)
     return weight.mul_(norm / torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), keepdim=True))

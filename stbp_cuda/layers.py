@@ -10,14 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .checks import check_flag, check_sizes, plain
+from .other_libraries import unexpected_keyword
 from .surrogate import Surrogate, resolve_surrogate
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Never, Unpack
 
 __all__ = ["LIFLayer", "NeuNorm", "NeuNormLIF"]
 
-_OPTIONS = frozenset(inspect.signature(functional.check_options).parameters) - {"smooth"}
+# Other libraries call `reset()` and set `backend` on every module of a network that has an attribute of that name.
+_RENAMED = {"reset": "reset_mode", "backend": "backend_mode"}
+_OPTIONS = {
+    option: _RENAMED.get(option, option)
+    for option in inspect.signature(functional.check_options).parameters
+    if option != "smooth"
+}  # of check_options, and the attributes of a layer that hold them
+_ATTRIBUTES = frozenset({*_OPTIONS.values(), "norm_decay", "scaling"})
 
 
 class LIFLayer(nn.Module):
@@ -38,6 +47,10 @@ class LIFLayer(nn.Module):
         strict_threshold: fire at ``u > v_threshold`` instead of ``u >= v_threshold``. Default False.
         steps: the number of time steps T, where the input is ``[T*B, ...]``; None for input ``[T, B, ...]``.
         backend: "auto", "fused" or "reference". Default "auto".
+
+    Each is an attribute, too, which may be set and is checked by the next call. ``reset`` and ``backend`` are
+    ``reset_mode`` and ``backend_mode`` there, as other libraries take modules with attributes of those names for their
+    own.
 
     Raises:
         TypeError, ValueError: an option is not one of those accepted.
@@ -61,27 +74,41 @@ class LIFLayer(nn.Module):
         strict_threshold: bool = False,
         steps: int | None = None,
         backend: Literal["auto", "fused", "reference"] = "auto",
+        **unexpected: Never,
     ) -> None:
+        if unexpected:
+            raise unexpected_keyword(type(self).__name__, unexpected)
         super().__init__()
         self.decay = decay
         self.v_threshold = v_threshold
         self.surrogate = resolve_surrogate(surrogate)
-        self.reset: Literal["hard", "soft"] = reset
+        self.reset_mode: Literal["hard", "soft"] = reset
         self.v_reset = v_reset
         self.detach_reset = detach_reset
         self.spatial_only = spatial_only
         self.strict_threshold = strict_threshold
         self.steps = steps
-        self.backend: Literal["auto", "fused", "reference"] = backend
+        self.backend_mode: Literal["auto", "fused", "reference"] = backend
         self._checked: functional.Checked | None = self._check()
 
     def _check(self) -> functional.Checked:
-        return functional.check_options(**{name: getattr(self, name) for name in _OPTIONS})
+        return functional.check_options(**{name: getattr(self, attribute) for name, attribute in _OPTIONS.items()})
+
+    def _current(self) -> functional.Checked:
+        return self._checked or self._check()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in _OPTIONS:
-            self._checked = None  # the next call checks what has changed
+        if name in _RENAMED and isinstance(value, str) and value in (*functional.RESETS, *functional.BACKENDS):
+            raise AttributeError(f"{type(self).__name__} keeps {name} in the attribute {_RENAMED[name]}; set that")
+        if name not in _ATTRIBUTES:
+            super().__setattr__(name, value)
+        else:
+            super().__setattr__(name, plain(value))
+            if "_checked" in self.__dict__:  # after __init__
+                try:
+                    self._checked = self._check()
+                except (TypeError, ValueError):  # of two that are set one by one; the next call raises, if it is more
+                    self._checked = None
 
     def forward(
         self, x: Tensor, initial_potential: Tensor | None = None, return_potential: bool = False
@@ -99,22 +126,21 @@ class LIFLayer(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.lif`.
         """
-        if self._checked is None:
-            self._checked = self._check()
-        return functional.run(x, self._checked, initial_potential, return_potential)
+        return functional.run(x, self._current(), initial_potential, bool(return_potential))
 
     def extra_repr(self) -> str:
         return (
-            f"decay={self.decay}, v_threshold={self.v_threshold}, surrogate={self.surrogate}, reset={self.reset!r}, "
-            f"v_reset={self.v_reset}, detach_reset={self.detach_reset}, spatial_only={self.spatial_only}, "
-            f"strict_threshold={self.strict_threshold}, steps={self.steps}, backend={self.backend!r}"
+            f"decay={self.decay}, v_threshold={self.v_threshold}, surrogate={self.surrogate}, "
+            f"reset={self.reset_mode!r}, v_reset={self.v_reset}, detach_reset={self.detach_reset}, "
+            f"spatial_only={self.spatial_only}, strict_threshold={self.strict_threshold}, steps={self.steps}, "
+            f"backend={self.backend_mode!r}"
         )
 
 
 def _weight(shape: Sequence[int]) -> nn.Parameter:
     """``U``, zero: a network starts as the one without normalisation."""
-    sizes = tuple(shape)
-    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+    sizes = check_sizes(shape)
+    if not sizes:
         raise ValueError(f"shape must hold the positive sizes (C, H, W) of one sample, got {shape!r}")
     return nn.Parameter(torch.zeros(sizes))
 
@@ -141,11 +167,10 @@ class NeuNorm(nn.Module):
         steps: int | None = None,
     ) -> None:
         super().__init__()
-        functional.check_norm(decay, scaling, "decay")
         self.weight = _weight(shape)
-        self.decay = decay
+        self.decay = functional.check_norm(decay, scaling, "decay")
         self.scaling: Literal["1/F", "1/F^2"] = scaling
-        self.steps = steps
+        self.steps = None if steps is None else functional.check_steps(steps)
 
     def forward(self, spikes: Tensor) -> Tensor:
         """Normalise the spikes of all time steps, ``[T, B, C, H, W]`` or ``[T*B, C, H, W]`` with ``steps=T``."""
@@ -170,6 +195,9 @@ class NeuNormLIF(LIFLayer):
         TypeError, ValueError: an argument is not one of those accepted.
     """
 
+    norm_decay: float = 0.8
+    scaling: Literal["1/F", "1/F^2"] = "1/F"
+
     def __init__(
         self,
         shape: Sequence[int],
@@ -183,16 +211,19 @@ class NeuNormLIF(LIFLayer):
         **options: Unpack[functional.NeuronOptions],
     ) -> None:
         super().__init__(decay, v_threshold, surrogate, **options)
-        functional.check_norm(norm_decay, scaling)
         self.weight = _weight(shape)
-        self.norm_decay = norm_decay
-        self.scaling: Literal["1/F", "1/F^2"] = scaling
+        self.norm_decay = functional.check_norm(norm_decay, scaling)
+        self.scaling = scaling
         self.decay_logits: nn.Parameter | None = None
-        if learn_decays:
-            for name, value in ("decay", decay), ("norm_decay", norm_decay):
+        if check_flag("learn_decays", learn_decays):
+            for name, value in ("decay", self.decay), ("norm_decay", self.norm_decay):
                 if value in (0, 1):
                     raise ValueError(f"{name} must lie between 0 and 1 where it is learned, got {value}")
-            self.decay_logits = nn.Parameter(torch.logit(torch.tensor([decay, norm_decay])))
+            self.decay_logits = nn.Parameter(torch.logit(torch.tensor([self.decay, self.norm_decay])))
+
+    def _check(self) -> functional.Checked:
+        functional.check_norm(self.norm_decay, self.scaling)
+        return super()._check()
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Run the layer on input current ``[T, B, C, H, W]``, or ``[T*B, C, H, W]`` with ``steps=T``.
@@ -203,14 +234,12 @@ class NeuNormLIF(LIFLayer):
         Raises:
             TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.neunorm_lif`.
         """
-        if self._checked is None:
-            self._checked = self._check()
         decay: float | Tensor
         norm_decay: float | Tensor
         decay, norm_decay = self.decay, self.norm_decay
         if self.decay_logits is not None:
             decay, norm_decay = self.decay_logits.sigmoid().unbind()
-        return functional.run_neunorm(x, self.weight, self._checked, decay, norm_decay, self.scaling == "1/F^2")
+        return functional.run_neunorm(x, self.weight, self._current(), decay, norm_decay, self.scaling == "1/F^2")
 
     def extra_repr(self) -> str:
         learned = self.decay_logits is not None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from .checks import check_positive
 
 __all__ = ["rate_cross_entropy", "rate_mse"]
 
@@ -78,6 +78,4 @@ def rate_cross_entropy(outputs: Tensor, targets: Tensor, scale: float = 10.0) ->
         TypeError, ValueError: a dtype or shape does not fit; ``scale`` is out of range.
     """
     rates = _rates(outputs, targets)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be positive and finite, got {scale}")
-    return functional.cross_entropy(scale * rates, targets)
+    return functional.cross_entropy(check_positive("scale", scale) * rates, targets)

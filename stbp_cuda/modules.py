@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .checks import check_fraction, check_integer
+
 __all__ = ["Dropout", "TimeDistributed", "Voting", "fold_time"]
 
 MASKS = ("step", "sequence")
@@ -65,9 +67,7 @@ class Voting(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
-            raise ValueError(f"classes must be a positive integer, got {classes!r}")
-        self.classes = classes
+        self.classes = check_integer("classes", classes)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % self.classes:
@@ -98,11 +98,9 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float = 0.5, mask: Literal["step", "sequence"] = "step") -> None:
         super().__init__()
-        if not 0 <= p <= 1:
-            raise ValueError(f"p must lie in [0, 1], got {p}")
         if mask not in MASKS:
             raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {mask!r}")
-        self.p = p
+        self.p = check_fraction("p", p)
         self.mask: Literal["step", "sequence"] = mask
 
     def forward(self, x: Tensor) -> Tensor:

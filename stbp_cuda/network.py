@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import encoding
+from .checks import check_flag, check_fraction, check_integer, check_sizes
 from .functional import check_steps
 from .layers import LIFLayer, NeuNormLIF
 from .modules import Dropout, Voting, fold_time
@@ -259,14 +260,14 @@ def network(
         net(stbp_cuda.encoding.bernoulli(images, steps=30))  # images [B, 1, 28, 28] -> spikes [30, B, 10]
     """
     tokens = _parse(notation)
-    shape = tuple(input_shape) if isinstance(input_shape, Sequence) else ()
-    if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
+    sizes = shape = check_sizes(input_shape)
+    if not shape:
         raise ValueError(f"input_shape must be a tuple of positive integers such as (1, 28, 28), got {input_shape!r}")
-    if steps is not None:
-        check_steps(steps)
-    for name, number in (("classes", 10 if classes is None else classes), ("voters", voters)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} must be a positive integer, got {number!r}")
+    steps = None if steps is None else check_steps(steps)
+    classes = None if classes is None else check_integer("classes", classes)
+    voters = check_integer("voters", voters)
+    bias, neunorm = check_flag("bias", bias), check_flag("neunorm", neunorm)
+    dropout = check_fraction("dropout", dropout)
     if tokens[-1].kind == "linear" and classes not in (None, *tokens[-1].numbers):
         tokens[-1].fail(f"ends in as many neurons as there are classes, and classes is {classes}")
     if padding is None:
@@ -318,4 +319,4 @@ def network(
             add(token, "lif", shape, LIFLayer(**neuron))
             if token.kind == "voting":
                 add(token, "voting", (classes,), Voting(classes))
-    return Network(notation, tuple(input_shape), steps, layers)
+    return Network(notation, sizes, steps, layers)

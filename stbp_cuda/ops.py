@@ -1,8 +1,7 @@
-"""The compiled operators, and what the stable ABI cannot give them: fake kernels and autograd.
+"""The compiled operators, and the shapes of their outputs for ``torch.compile`` and ``torch.export``.
 
 ``torch.ops.stbp_cuda.lif_forward``, ``lif_backward`` and their like with normalisation are defined in ``csrc/ops.cpp``,
-with one implementation per device. Here they learn the shapes of their outputs (for ``torch.compile`` and
-``torch.export``) and their gradients.
+with one implementation per device. Their gradients are in ``autograd.py``.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ except ImportError as error:
     ) from error
 
 __all__ = [
-    "FusedLIF",
-    "FusedNeuNormLIF",
+    "VERSION",
     "build_info",
     "chunk",
     "fused_backend_problem",
     "neuron_text",
     "state_dtype",
+    "switches",
 ]
 
 lif_forward = torch.ops.stbp_cuda.lif_forward.default
@@ -41,27 +40,32 @@ neunorm_lif_forward = torch.ops.stbp_cuda.neunorm_lif_forward.default
 neunorm_lif_backward = torch.ops.stbp_cuda.neunorm_lif_backward.default
 
 
-def neuron_text(
+def switches(
     *,
-    decay: float,
-    v_threshold: float,
-    v_reset: float,
     soft_reset: bool,
     detach_reset: bool,
     spatial_only: bool,
     strict_threshold: bool,
     smooth: bool,
     surrogate: Surrogate,
+    **numbers: float,
 ) -> str:
-    """The operators' argument ``neuron``: in one word what else were ten, each of which would cost every call."""
+    """The options of a neuron that are no numbers, as :func:`neuron_text` has them."""
     return (
-        f"lif decay={float(decay)!r} v_threshold={float(v_threshold)!r} v_reset={float(v_reset)!r} "
-        f"reset={'soft' if soft_reset else 'hard'} detach_reset={detach_reset:d} "
-        f"spatial_only={spatial_only:d} strict_threshold={strict_threshold:d} smooth={smooth:d} "
-        f"surrogate={surrogate.name} width={float(surrogate.width)!r}"
+        f"reset={'soft' if soft_reset else 'hard'} detach_reset={detach_reset:d} spatial_only={spatial_only:d} "
+        f"strict_threshold={strict_threshold:d} smooth={smooth:d} surrogate={surrogate.name}"
     )
 
 
+def neuron_text(switches: str, decay: float, v_threshold: float, v_reset: float, width: float) -> str:
+    """The operators' argument ``neuron``: all options in one string; ten arguments would each slow every call."""
+    return (
+        f"lif decay={float(decay)!r} v_threshold={float(v_threshold)!r} v_reset={float(v_reset)!r} "
+        f"width={float(width)!r} {switches}"
+    )
+
+
+VERSION = importlib.metadata.version("stbp_cuda")
 _INFO: dict[str, Any] = _C.build_info()
 
 
@@ -116,7 +120,7 @@ def build_info() -> dict[str, Any]:
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     problems = {str(device): fused_backend_problem(device) for device in devices}
     return {
-        "stbp_cuda": importlib.metadata.version("stbp_cuda"),
+        "stbp_cuda": VERSION,
         "python": platform.python_version(),
         "torch": torch.__version__,
         **_INFO,
@@ -143,14 +147,19 @@ def _empty(x: Tensor, steps: int, count: int | None, dtype: torch.dtype) -> Tens
 
 @torch.library.register_fake("stbp_cuda::lif_forward")  # type: ignore[untyped-decorator]
 def _(
-    x: Tensor, initial_potential: Tensor | None, steps: int, neuron: str, return_potential: bool, save_states: bool
+    x: Tensor,
+    initial_potential: Tensor | None,
+    steps: int,
+    neuron: str,
+    numbers: Tensor | None,
+    return_potential: bool,
+    save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     state = state_dtype(x.dtype)
-    saved = (steps - 1) // chunk(x.device.type) if save_states else 0
     return (
         _empty(x, steps, None, x.dtype),
         _empty(x, steps, 1, state) if return_potential else x.new_empty(0, dtype=state),
-        _empty(x, steps, saved, state) if saved else x.new_empty(0, dtype=state),
+        _empty(x, steps, (steps - 1) // chunk(x.device.type) if save_states else 0, state),
     )
 
 
@@ -163,6 +172,7 @@ def _(
     states: Tensor,
     steps: int,
     neuron: str,
+    numbers: Tensor | None,
     return_grad_initial: bool,
 ) -> tuple[Tensor, Tensor]:
     state = state_dtype(x.dtype)
@@ -170,59 +180,6 @@ def _(
         _empty(x, steps, None, x.dtype),
         _empty(x, steps, 1, state) if return_grad_initial else x.new_empty(0, dtype=state),
     )
-
-
-class FusedLIF(torch.autograd.Function):
-    """The fused forward and backward passes as one differentiable function.
-
-    Each argument and each result costs a microsecond on the way there and back, so that there are as few as can be.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, initial_potential: Tensor | None, call: tuple[int | None, str, bool]
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Args: those of the operator; ``call`` is (steps, neuron, return_potential), and its steps are None where they
-        are the first dimension of ``x``: the compiler of torch 2.10 mistakes a dynamic size in a tuple for another.
-
-        Returns the spikes, and the final potential if asked for.
-        """
-        steps, neuron, return_potential = call
-        if steps is None:
-            steps = x.shape[0]
-        spikes: Tensor
-        spikes, final_potential, states = lif_forward(x, initial_potential, steps, neuron, return_potential, True)
-        ctx.save_for_backward(x, initial_potential, states)
-        ctx.call = call
-        if not return_potential:
-            return spikes
-        ctx.set_materialize_grads(False)
-        return spikes, final_potential
-
-    @staticmethod
-    def backward(ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Returns dL/dx and dL/d(initial potential)."""
-        # once_differentiable around this method would cost 5 us in every call.
-        if torch.is_grad_enabled():  # create_graph=True
-            return _refuse_second_derivatives(ctx, grad_spikes, grad_final)
-        return _lif_gradients(ctx, grad_spikes, grad_final)
-
-
-def _lif_gradients(ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, initial_potential, states = ctx.saved_tensors
-    steps, neuron, _ = ctx.call
-    if steps is None:
-        steps = x.shape[0]
-    if grad_spikes is None:
-        grad_spikes = torch.zeros_like(x)
-    wants_initial = initial_potential is not None and ctx.needs_input_grad[1]
-    grad_x, grad_initial = lif_backward(
-        grad_spikes, grad_final, x, initial_potential, states, steps, neuron, wants_initial
-    )
-    return grad_x, grad_initial if wants_initial else None, None
-
-
-_refuse_second_derivatives = torch.autograd.function.once_differentiable(_lif_gradients)
 
 
 def _features_innermost(x: Tensor, last: int) -> bool:
@@ -240,18 +197,27 @@ def _empty_in_order(like: Tensor, size: tuple[int, ...], last: int, innermost: b
 
 @torch.library.register_fake("stbp_cuda::neunorm_lif_forward")  # type: ignore[untyped-decorator]
 def _(
-    x: Tensor, weight: Tensor, decays: Tensor | None, steps: int, neuron: str, norm_decay: float, squared: bool
+    x: Tensor,
+    weight: Tensor,
+    decays: Tensor | None,
+    steps: int,
+    neuron: str,
+    numbers: Tensor | None,
+    norm_decay: float,
+    squared: bool,
+    save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     state = state_dtype(x.dtype)
     positions = math.prod(weight.shape[1:])
     batch = math.prod(x.shape[: x.dim() - weight.dim()]) // steps
     saved = (steps - 1) // chunk(x.device.type, "neunorm_")
     innermost = _features_innermost(x, weight.dim())
+    states = (saved, batch, weight.shape[0], positions)
     return (
         _empty_in_order(x, x.shape, weight.dim(), innermost, x.dtype),
         x.new_empty((steps, batch, positions), dtype=state),
         x.new_empty((steps, batch, positions), dtype=state),
-        _empty_in_order(x, (saved, batch, weight.shape[0], positions), 2, innermost, state),
+        _empty_in_order(x, states, 2, innermost, state) if save_states else x.new_empty(0, dtype=state),
     )
 
 
@@ -266,6 +232,7 @@ def _(
     states: Tensor,
     steps: int,
     neuron: str,
+    numbers: Tensor | None,
     norm_decay: float,
     squared: bool,
     return_grad_decays: bool,
@@ -276,32 +243,3 @@ def _(
         weight.new_empty(weight.shape),
         weight.new_empty(2 if return_grad_decays else 0),
     )
-
-
-class FusedNeuNormLIF(torch.autograd.Function):
-    """The fused passes of LIF neurons with normalisation as one differentiable function."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, decays: Tensor | None, call: tuple[int | None, str, float, bool]
-    ) -> Tensor:
-        """Args: those of the operator; ``call`` is (steps, neuron, norm_decay, squared), as in :class:`FusedLIF`."""
-        steps, *neuron = call
-        kept: tuple[Tensor, ...]
-        normalised: Tensor
-        normalised, *kept = neunorm_lif_forward(x, weight, decays, x.shape[0] if steps is None else steps, *neuron)
-        ctx.save_for_backward(x, weight, decays, *kept)
-        ctx.call = call
-        return normalised
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_normalised: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns dL/dx, dL/dweight and dL/ddecays."""
-        x, weight, decays, *kept = ctx.saved_tensors
-        steps, *neuron = ctx.call
-        wants_decays = decays is not None and ctx.needs_input_grad[2]
-        grad_x, grad_weight, grad_decays = neunorm_lif_backward(
-            grad_normalised, x, weight, decays, *kept, x.shape[0] if steps is None else steps, *neuron, wants_decays
-        )
-        return grad_x, grad_weight, grad_decays if wants_decays else None, None

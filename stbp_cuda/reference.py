@@ -20,17 +20,26 @@ __all__ = ["lif", "neunorm"]
 class _Spike(torch.autograd.Function):
     """The Heaviside step forward, the surrogate's derivative backward."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, u: Tensor, v_threshold: float, strict: bool, surrogate: Surrogate) -> Tensor:
-        ctx.save_for_backward(u)
-        ctx.v_threshold, ctx.surrogate = v_threshold, surrogate
+    def forward(u: Tensor, v_threshold: float, strict: bool, surrogate: Surrogate) -> Tensor:
         fired = u > v_threshold if strict else u >= v_threshold
         return fired.to(u.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        u, ctx.v_threshold, _, ctx.surrogate = inputs
+        ctx.save_for_backward(u)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (u,) = ctx.saved_tensors
         return grads[0] * ctx.surrogate.derivative(u - ctx.v_threshold), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        raise RuntimeError("stbp_cuda has no forward-mode derivative: use torch.func.vjp, jacrev or grad")
 
 
 def lif(

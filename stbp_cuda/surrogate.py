@@ -14,10 +14,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from .checks import check_number
+from .other_libraries import WIDTHS, surrogate_advice
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "SURROGATES",
@@ -48,11 +54,15 @@ class Surrogate:
 
     width: float = 1.0
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        for option in options.keys() & WIDTHS.get(cls.__name__, {}).keys() - cls.__dataclass_fields__.keys():
+            width = WIDTHS[cls.__name__][option]
+            raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {option!r}; write width={width}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        if isinstance(self.width, bool) or not isinstance(self.width, int | float):
-            raise TypeError(f"width must be a number, got {self.width!r}")
-        if not 1e-30 <= self.width <= 1e30:
-            raise ValueError(f"width must lie in [1e-30, 1e30], got {self.width}")
+        width = check_number("width", self.width, 1e-30, 1e30, "lie in [1e-30, 1e30]")
+        object.__setattr__(self, "width", width)
 
     def derivative(self, s: Tensor) -> Tensor:
         """The surrogate derivative at ``s = potential - v_threshold``; any shape, elementwise."""
@@ -155,8 +165,11 @@ def resolve_surrogate(surrogate: str | Surrogate) -> Surrogate:
     """A surrogate from its name, with width 1, or the surrogate itself."""
     if isinstance(surrogate, Surrogate):
         return surrogate
+    if isinstance(surrogate, str) and surrogate in SURROGATES:
+        return SURROGATES[surrogate]()
+    advice = surrogate_advice(surrogate)
     if isinstance(surrogate, str):
-        if surrogate in SURROGATES:
-            return SURROGATES[surrogate]()
-        raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
-    raise TypeError(f"surrogate must be a name or a stbp_cuda.surrogate.Surrogate, got {surrogate!r}")
+        raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}{advice}")
+    if isinstance(surrogate, type) and issubclass(surrogate, Surrogate):
+        advice = f": write {surrogate.__name__}() or {surrogate.__name__}(width)"
+    raise TypeError(f"surrogate must be a name or a stbp_cuda.surrogate.Surrogate, got {surrogate!r}{advice}")

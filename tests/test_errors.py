@@ -1,8 +1,11 @@
 """Bad input: what was wrong, in which argument, what is accepted; and before any work."""
 
+import functools
+import inspect
 import math
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,9 +13,10 @@ import torch
 from torch import Tensor
 
 import stbp_cuda
-from stbp_cuda import functional, ops
-from stbp_cuda.surrogate import Surrogate
+from stbp_cuda import functional, ops, other_libraries
+from stbp_cuda.surrogate import SURROGATES, Atan, Surrogate
 
+SURROGATES_BY_CLASS = {cls.__name__: cls for cls in SURROGATES.values()}
 X = torch.zeros(6, 4, 3)
 
 BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -20,7 +24,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"decay": 1.01}, ValueError, "decay must lie in [0, 1], got 1.01"),
     ({"decay": math.nan}, ValueError, "decay must be finite in float32, got nan"),
     ({"decay": "0.5"}, TypeError, "decay must be a number, got '0.5'"),
-    ({"decay": torch.tensor(0.5)}, TypeError, "decay must be a number, got tensor(0.5000)"),
+    ({"decay": torch.tensor([0.5])}, TypeError, "decay must be a number, got tensor([0.5000])"),
     ({"v_threshold": math.inf}, ValueError, "v_threshold must be finite in float32, got inf"),
     ({"v_threshold": 1e39}, ValueError, "v_threshold must be finite in float32, got 1e+39"),
     ({"v_threshold": 0.0}, ValueError, "v_threshold must lie above v_reset, got v_threshold=0.0, v_reset=0.0"),
@@ -44,6 +48,153 @@ def test_options(options: dict[str, Any], error: type[Exception], message: str) 
         stbp_cuda.LIFLayer(**options)
     with pytest.raises(error, match=re.escape(message)):
         functional.lif(X, **options)
+
+
+SURROGATE_OF_THEIRS = "surrogate must be a name or a stbp_cuda.surrogate.Surrogate, got "
+
+# What those who know other libraries write, and the words that tell what to write instead.
+FROM_ELSEWHERE: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (
+        {"v_reset": None},
+        TypeError,
+        "v_reset must be a number, got None; for a soft reset, which has none, write reset=",
+    ),
+    ({"decay": 2.0}, ValueError, "decay must lie in [0, 1], got 2.0; for a time constant tau it is 1 - 1/tau"),
+    ({"reset": "subtract"}, ValueError, "snnTorch's 'zero' is 'hard', its 'subtract' is 'soft' but a step later"),
+    (
+        {"surrogate": "triangle"},
+        ValueError,
+        "write surrogate=Polynomial(4 / g**2), a triangle that is 0 from a distance",
+    ),
+    ({"surrogate": "piecewise_quadratic"}, ValueError, "write surrogate=Polynomial(4 / g**2)"),
+    ({"surrogate": "super_spike"}, ValueError, "write surrogate=FastSigmoid(2 / alpha)"),
+    ({"surrogate": "SuperSpike"}, ValueError, "write surrogate=FastSigmoid(2 / alpha)"),
+    ({"surrogate": "fast-sigmoid"}, ValueError, "write surrogate=FastSigmoid(2 / alpha)"),
+    ({"surrogate": "boxcar"}, ValueError, "write surrogate=Rectangular(2 * g)"),
+    ({"surrogate": "ATan"}, ValueError, "write surrogate=Atan(2 / alpha)"),
+    ({"surrogate": "arctan"}, ValueError, "write surrogate=Atan(2 / alpha)"),
+    ({"surrogate": "erf"}, ValueError, "write surrogate=Gaussian(sigma**2)"),
+    ({"surrogate": "logistic"}, ValueError, "write surrogate=Sigmoid(1 / alpha)"),
+    ({"surrogate": "multi_gaussian"}, ValueError, "it is not there yet; a subclass of stbp_cuda.surrogate.Surrogate"),
+    ({"surrogate": Atan}, TypeError, "Atan'>: write Atan() or Atan(width)"),
+    ({"surrogate": torch.sigmoid}, TypeError, SURROGATE_OF_THEIRS),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), FROM_ELSEWHERE)
+def test_what_other_libraries_have_is_translated(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    test_options(options, error, message)
+
+
+@pytest.mark.parametrize("keyword", other_libraries.KEYWORDS)
+def test_their_keywords_are_translated(keyword: str) -> None:
+    advice = re.escape(f" got an unexpected keyword argument {keyword!r}; {other_libraries.KEYWORDS[keyword]} (docs/")
+    for name, call in TAKE_OPTIONS.items():
+        with pytest.raises(TypeError, match=re.escape(f"{name}()") + advice):
+            call(unknown=0, **{keyword: 1})
+
+
+def test_other_unexpected_keywords_are_said_as_python_does() -> None:
+    for name, call in TAKE_OPTIONS.items():
+        with pytest.raises(TypeError, match=re.escape(f"{name}() got an unexpected keyword argument 'unknown'") + "$"):
+            call(unknown=0)
+
+
+TAKE_OPTIONS: dict[str, Callable[..., Any]] = {
+    "lif": functools.partial(functional.lif, X),
+    "neunorm_lif": functools.partial(functional.neunorm_lif, torch.zeros(6, 1, 4, 3), torch.zeros(4, 3)),
+    "LIFLayer": stbp_cuda.LIFLayer,
+    "NeuNormLIF": functools.partial(stbp_cuda.NeuNormLIF, (4, 3)),
+}
+
+
+def test_a_network_translates_keywords_too() -> None:
+    message = "LIFLayer() got an unexpected keyword argument 'tau'; write decay=1 - 1/tau"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        stbp_cuda.network("3-5", (3,), tau=2.0)
+
+
+def keywords_of_theirs() -> set[str]:
+    spikingjelly = pytest.importorskip("spikingjelly.activation_based.neuron")
+    snntorch = pytest.importorskip("snntorch")
+    norse = pytest.importorskip("norse.torch")
+    theirs = (spikingjelly.LIFNode, spikingjelly.ParametricLIFNode, spikingjelly.IFNode, snntorch.Leaky)
+    named = {name for neuron in theirs for name in inspect.signature(neuron).parameters}
+    # those of SpikingJelly 0.0.0.0.4 to 0.0.0.0.14 that 2.0 has not any more
+    old = {"monitor_state", "cupy_fp32_inference", "lava_s_cale", "backend"}
+    return named | set(norse.LIFBoxParameters._fields) | set(norse.LIFParameters._fields) | old
+
+
+def test_all_keywords_of_their_neurons_are_known() -> None:
+    ours = inspect.signature(stbp_cuda.LIFLayer).parameters
+    assert keywords_of_theirs() <= {*ours, *other_libraries.KEYWORDS}
+
+
+@pytest.mark.parametrize("library", other_libraries.SURROGATES_OF)
+def test_their_surrogates_are_translated(library: str) -> None:
+    """The class, width and height that the message has are those of their gradients."""
+    name = {"spikingjelly": "spikingjelly.activation_based.surrogate", "snntorch": "snntorch.surrogate"}
+    module = pytest.importorskip(name.get(library, "norse.torch.functional.threshold"))
+    s = torch.linspace(-3, 3, 1001, dtype=torch.float64, requires_grad=True)
+    for name_of_theirs, (ours, width, height) in other_libraries.SURROGATES_OF[library].items():
+        theirs = getattr(module, name_of_theirs, None) or getattr(
+            pytest.importorskip("norse.torch.functional.superspike"), name_of_theirs
+        )
+        parameter = next((p for p in ("alpha", "slope", "k") if p in f"{width} {height}"), "alpha")
+        if library == "norse":
+            given = theirs
+            apply = getattr(theirs, "apply", theirs)
+            (gradient,) = torch.autograd.grad(apply(s, torch.tensor(1.7)).sum(), s)
+        else:
+            given = theirs(**{parameter: 1.7})
+            (gradient,) = torch.autograd.grad(given(s).sum(), s)
+        values = {parameter: 1.7}
+        surrogate = SURROGATES_BY_CLASS[ours](eval(width, {}, values))
+        expected = surrogate.derivative(s.detach())
+        torch.testing.assert_close(expected, gradient * (eval(height, {}, values) if height else 1))
+        with pytest.raises(TypeError) as error:
+            stbp_cuda.LIFLayer(surrogate=given)
+        message = str(error.value)
+        assert f"write stbp_cuda.surrogate.{ours}({width}) for {library}'s {name_of_theirs}" in message
+        assert f"{height} times as high" in message if height else "times as high" not in message
+        assert (f", with {parameter}=1.7" in message) == (library != "norse" and parameter in width + height)
+
+
+def test_surrogates_of_theirs_that_have_no_counterpart() -> None:
+    theirs = pytest.importorskip("spikingjelly.activation_based.surrogate")
+    with pytest.raises(TypeError, match="spikingjelly's PiecewiseExp is not there yet"):
+        stbp_cuda.LIFLayer(surrogate=theirs.PiecewiseExp())
+    with pytest.raises(TypeError, match=r"write stbp_cuda.surrogate.Atan\(2 / alpha\) for spikingjelly's ATan"):
+        stbp_cuda.LIFLayer(surrogate=theirs.ATan)
+
+
+@pytest.mark.parametrize(
+    ("name", "derivative"),
+    [
+        ("triangle", lambda s: (1 / 0.7 - s.abs() / 0.7**2).clamp_min(0)),
+        ("superspike", lambda s: 0.7 / 2 / (1 + 0.7 * s.abs()) ** 2),
+        ("boxcar", lambda s: (s.abs() < 0.7) / 1.4),
+        ("arctan", lambda s: 0.7 / 2 / (1 + (math.pi / 2 * 0.7 * s) ** 2)),
+        ("normal", lambda s: torch.exp(torch.distributions.Normal(0, 0.7).log_prob(s))),
+        ("logistic", lambda s: 0.7 * torch.sigmoid(0.7 * s) * torch.sigmoid(-0.7 * s)),
+    ],
+)
+def test_usual_names_are_translated_rightly(name: str, derivative: Callable[[Tensor], Tensor]) -> None:
+    found = re.match(r"write surrogate=(\w+)\((.*?)\)[,;]", other_libraries.SURROGATES_BY_NAME[name])
+    assert found
+    s = torch.linspace(-3, 3, 1001, dtype=torch.float64)
+    width = eval(found[2], {}, dict.fromkeys(("g", "alpha", "sigma"), 0.7))
+    torch.testing.assert_close(SURROGATES_BY_CLASS[found[1]](width).derivative(s), derivative(s).double())
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(ours, theirs) for ours, widths in other_libraries.WIDTHS.items() for theirs in widths]
+)
+def test_parameters_of_surrogates_are_translated(ours: str, theirs: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"{theirs!r}; write width={other_libraries.WIDTHS[ours][theirs]}")):
+        SURROGATES_BY_CLASS[ours](**{theirs: 2.0})
+    with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'unknown'$"):
+        SURROGATES_BY_CLASS[ours](unknown=2.0)
 
 
 @pytest.mark.parametrize("backend", functional.BACKENDS)

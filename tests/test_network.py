@@ -466,7 +466,7 @@ def test_bad_notations(notation: str, input_shape: tuple[int, ...], message: str
             ValueError,
             "dropout acts in front of all layers but the first and the last; '784-400-10' has",
         ),
-        ({"dropout": 1.5, "notation": "784-20-20-10"}, ValueError, "p must lie in [0, 1], got 1.5"),
+        ({"dropout": 1.5, "notation": "784-20-20-10"}, ValueError, "dropout must lie in [0, 1], got 1.5"),
         ({"neunorm": True}, ValueError, "neunorm acts on convolutions that feed another one; '784-400-10' has none"),
         ({"decay": 2.0}, ValueError, "decay must lie in [0, 1], got 2.0"),
         ({"surrogate": "triangle"}, ValueError, "surrogate must be one of rectangular"),

@@ -312,8 +312,8 @@ def operator_arguments(
     x = in_order(torch.randn(CHUNK + 2, 2, 3, 4, 5, device=device).to(dtype), 3, order)
     weight = torch.randn(3, 4, 5, device=device, dtype=ops.state_dtype(dtype))
     decays = torch.tensor([0.5, 0.8], device=device, dtype=weight.dtype) if learned else None
-    call = [x.shape[0], functional.check_options().neuron, 0.8, False]
-    forward = [x, weight, decays, *call]
+    call = [x.shape[0], functional.check_options().neuron, None, 0.8, False]
+    forward = [x, weight, decays, *call, True]
     backward = [torch.randn_like(x), x, weight, decays, *ops.neunorm_lif_forward(*forward)[1:], *call, learned]
     return forward, backward
 
@@ -348,7 +348,7 @@ def test_bad_arguments_of_the_operator(position: int, value: object, message: st
 @pytest.mark.parametrize("position", [0, 1, 2, 4, 5, 6])
 def test_tensors_of_a_wrong_shape_in_the_operator_backward(position: int) -> None:
     _, backward = operator_arguments("cpu", torch.float32, True)
-    backward[position] = backward[position][:-1].clone()
+    backward[position] = backward[position][..., :-1].clone()
     with pytest.raises(RuntimeError, match=" must "):
         ops.neunorm_lif_backward(*backward)
 
@@ -488,7 +488,7 @@ def test_second_derivatives_are_refused_not_wrong(device: str) -> None:
     result = functional.neunorm_lif(x, torch.ones(4, device=device), backend="fused")
     scale = torch.ones_like(result).requires_grad_()
     (gradient,) = torch.autograd.grad((result * scale).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.sum().backward()
 
 

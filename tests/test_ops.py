@@ -10,15 +10,17 @@ from torch import Tensor
 from stbp_cuda import functional, ops
 
 NEURON = (
-    "lif decay=0.5 v_threshold=0.75 v_reset=0.0 reset=hard detach_reset=0 spatial_only=0 strict_threshold=0 "
-    "smooth=0 surrogate=rectangular width=1.0"
+    "lif decay=0.5 v_threshold=0.75 v_reset=0.0 width=1.0 reset=hard detach_reset=0 spatial_only=0 strict_threshold=0 "
+    "smooth=0 surrogate=rectangular"
 )
+
+NUMBERS = torch.tensor([0.5, 0.75, 0.0, 1.0], dtype=torch.float64)  # those of NEURON
 
 
 def forward_arguments(shape: tuple[int, ...], steps: int, device: str, dtype: torch.dtype = torch.float32) -> list[Any]:
     x = torch.randn(shape, device=device).to(dtype)
     initial = torch.randn((shape[0] // steps, *shape[1:]), device=device).to(ops.state_dtype(dtype))
-    return [x, initial, steps, NEURON, True, True]
+    return [x, initial, steps, NEURON, None, True, True]
 
 
 def backward_arguments(
@@ -27,7 +29,7 @@ def backward_arguments(
     forward = forward_arguments(shape, steps, device, dtype)
     x, initial = forward[:2]
     _, final, states = ops.lif_forward(*forward)
-    return [torch.randn_like(x), torch.randn_like(final), x, initial, states, steps, NEURON, True]
+    return [torch.randn_like(x), torch.randn_like(final), x, initial, states, steps, NEURON, None, True]
 
 
 SHAPES = [((3, 5), 3), ((70, 2, 4), 70), ((12, 2, 3, 3), 4), ((4, 0), 4), ((0, 2), 7)]
@@ -35,10 +37,12 @@ SHAPES = [((3, 5), 3), ((70, 2, 4), 70), ((12, 2, 3, 3), 4), ((4, 0), 4), ((0, 2
 
 @pytest.mark.parametrize(("shape", "steps"), SHAPES)
 @pytest.mark.parametrize("dtype", functional.DTYPES, ids=str)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 def test_opcheck_forward(shape: tuple[int, ...], steps: int, dtype: torch.dtype, device: str) -> None:
     arguments = forward_arguments(shape, steps, device, dtype)
     torch.library.opcheck(ops.lif_forward, arguments)
-    torch.library.opcheck(ops.lif_forward, [arguments[0], None, *arguments[2:-2], False, False])
+    torch.library.opcheck(ops.lif_forward, [arguments[0], None, *arguments[2:4], NUMBERS, False, False])
+    torch.library.opcheck(ops.lif_forward, [arguments[0].requires_grad_(), *arguments[1:]])
 
 
 @pytest.mark.parametrize(("shape", "steps"), SHAPES)
@@ -47,7 +51,22 @@ def test_opcheck_backward(shape: tuple[int, ...], steps: int, dtype: torch.dtype
     arguments = backward_arguments(shape, steps, device, dtype)
     torch.library.opcheck(ops.lif_backward, arguments)
     arguments[1] = arguments[3] = None
-    torch.library.opcheck(ops.lif_backward, [*arguments[:-1], False])
+    torch.library.opcheck(ops.lif_backward, [*arguments[:-2], NUMBERS, False])
+
+
+def test_numbers_hold_in_place_of_those_in_the_text(device: str) -> None:
+    other = NEURON
+    for name in "decay", "v_threshold", "v_reset", "width":
+        other = re.sub(f"{name}=[0-9.]+", f"{name}=0.1", other)
+    forward = forward_arguments((70, 40), 70, device)
+    expected = ops.lif_forward(*forward)
+    found = ops.lif_forward(*forward[:3], other, NUMBERS, *forward[5:])
+    grads = [torch.randn_like(expected[0]), torch.randn_like(expected[1])]
+    gradients = ops.lif_backward(*grads, *forward[:2], expected[2], 70, NEURON, None, True)
+    found += ops.lif_backward(*grads, *forward[:2], found[2], 70, other, NUMBERS, True)
+    assert expected[0].any()
+    for a, b in zip((*expected, *gradients), found, strict=True):
+        assert torch.equal(a, b)
 
 
 def layouts() -> dict[str, Tensor]:
@@ -68,12 +87,14 @@ def layouts() -> dict[str, Tensor]:
 def test_the_fake_kernels_predict_shapes_and_strides(layout: str, folded: bool, device: str) -> None:
     x = layouts()[layout].to(device)
     steps = 1 if folded else x.shape[0]
-    outputs = ops.lif_forward(x, None, steps, NEURON, True, True)
-    gradients = ops.lif_backward(torch.ones_like(x), None, x, None, outputs[2], steps, NEURON, True)
+    outputs = ops.lif_forward(x, None, steps, NEURON, None, True, True)
+    gradients = ops.lif_backward(torch.ones_like(x), None, x, None, outputs[2], steps, NEURON, None, True)
     with torch._subclasses.FakeTensorMode() as mode:
         fake_x, *fake_outputs = (mode.from_tensor(t) for t in (x, *outputs))
-        predicted = ops.lif_forward(fake_x, None, steps, NEURON, True, True)
-        predicted += ops.lif_backward(torch.ones_like(fake_x), None, fake_x, None, fake_outputs[2], steps, NEURON, True)
+        predicted = ops.lif_forward(fake_x, None, steps, NEURON, None, True, True)
+        predicted += ops.lif_backward(
+            torch.ones_like(fake_x), None, fake_x, None, fake_outputs[2], steps, NEURON, None, True
+        )
     for real, fake in zip((*outputs, *gradients), predicted, strict=True):
         assert (fake.shape, fake.dtype, fake.device) == (real.shape, real.dtype, real.device)
         assert real.numel() == 0 or fake.stride() == real.stride()
@@ -99,6 +120,9 @@ def test_the_fake_kernels_predict_shapes_and_strides(layout: str, folded: bool, 
         (3, NEURON.replace(" reset=hard", ""), "neuron must go on with ' reset=' at ' detach_reset=0"),
         (3, NEURON + " more", "neuron has more than it should, got lif decay=0.5"),
         (3, "", "neuron must go on with 'lif' at '', got "),
+        (4, NUMBERS[:3], "numbers must be a contiguous tensor of 4 values in float64 on the CPU"),
+        (4, NUMBERS.float(), "numbers must be a contiguous tensor of 4 values in float64 on the CPU"),
+        (4, NUMBERS * torch.tensor([1, 1, 1, -1]), "width must be positive, got -1"),
     ],
 )
 def test_bad_arguments_of_forward(position: int, value: object, message: str) -> None:
