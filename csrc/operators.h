@@ -225,6 +225,23 @@ std::tuple<Tensor, Tensor> lif_backward(const Tensor& grad_spikes, const std::op
   return {grad_x, grad_initial};
 }
 
+// The two without `numbers`: each argument costs time.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> eager_lif_forward(const Tensor& x, const std::optional<Tensor>& initial_potential,
+                                                     int64_t steps, std::string neuron, bool return_potential,
+                                                     bool save_states) {
+  return lif_forward<Device>(x, initial_potential, steps, std::move(neuron), {}, return_potential, save_states);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> eager_lif_backward(const Tensor& grad_spikes, const std::optional<Tensor>& grad_final,
+                                              const Tensor& x, const std::optional<Tensor>& initial_potential,
+                                              const Tensor& states, int64_t steps, std::string neuron,
+                                              bool return_grad_initial) {
+  return lif_backward<Device>(grad_spikes, grad_final, x, initial_potential, states, steps, std::move(neuron), {},
+                              return_grad_initial);
+}
+
 // What the two operators with normalisation check, and the shapes and the memory order of what goes with
 // x [T, B, C, ...] or [T*B, C, ...]: that of x where it is contiguous or channels_last, with the features innermost,
 // else contiguous. Where both are the same memory, that is called contiguous.
@@ -388,6 +405,38 @@ std::tuple<Tensor, Tensor, Tensor> neunorm_lif_backward(const Tensor& grad_norma
   if (return_grad_decays)
     grad_decays = torch::stable::sum(grad_decays, torch::headeronly::IntHeaderOnlyArrayRef(over_parts));
   return {grad_x, with_strides(grad_weight, contiguous_strides(shape.own)), grad_decays};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> eager_neunorm_lif_forward(const Tensor& x, const Tensor& weight,
+                                                                     const std::optional<Tensor>& decays, int64_t steps,
+                                                                     std::string neuron, double norm_decay,
+                                                                     bool squared) {
+  return neunorm_lif_forward<Device>(x, weight, decays, steps, std::move(neuron), {}, norm_decay, squared, true);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> eager_neunorm_lif_backward(const Tensor& grad_normalised, const Tensor& x,
+                                                              const Tensor& weight, const std::optional<Tensor>& decays,
+                                                              const Tensor& sums, const Tensor& maps,
+                                                              const Tensor& states, int64_t steps, std::string neuron,
+                                                              double norm_decay, bool squared,
+                                                              bool return_grad_decays) {
+  return neunorm_lif_backward<Device>(grad_normalised, x, weight, decays, sums, maps, states, steps, std::move(neuron),
+                                      {}, norm_decay, squared, return_grad_decays);
+}
+
+// Every device has the same operators.
+template <class Device, class Library>
+void implement(Library& m) {
+  m.impl("lif_forward", TORCH_BOX(&lif_forward<Device>));
+  m.impl("lif_backward", TORCH_BOX(&lif_backward<Device>));
+  m.impl("neunorm_lif_forward", TORCH_BOX(&neunorm_lif_forward<Device>));
+  m.impl("neunorm_lif_backward", TORCH_BOX(&neunorm_lif_backward<Device>));
+  m.impl("_lif_forward", TORCH_BOX(&eager_lif_forward<Device>));
+  m.impl("_lif_backward", TORCH_BOX(&eager_lif_backward<Device>));
+  m.impl("_neunorm_lif_forward", TORCH_BOX(&eager_neunorm_lif_forward<Device>));
+  m.impl("_neunorm_lif_backward", TORCH_BOX(&eager_neunorm_lif_backward<Device>));
 }
 
 }  // namespace stbp

@@ -8,18 +8,10 @@
 #include "build_info.h"
 
 STABLE_TORCH_LIBRARY(stbp_cuda, m) {
-  // What compilers trace. A Scalar, unlike a float, may be a number that changes from call to call.
-  // stbp_cuda/autograd.py has the implementations, in terms of the operators below.
-  m.def(
-      "lif(Tensor x, Tensor? initial_potential, SymInt steps, Scalar decay, Scalar v_threshold, Scalar v_reset, "
-      "Scalar width, str switches, bool return_potential, str version) -> (Tensor spikes, Tensor final_potential)");
-  m.def(
-      "neunorm_lif(Tensor x, Tensor weight, Tensor? decays, SymInt steps, Scalar decay, Scalar v_threshold, "
-      "Scalar v_reset, Scalar width, Scalar norm_decay, bool squared, str switches, str version) -> Tensor");
+  // With gradients, rules for vmap and numbers that may change in a compiled graph: stbp_cuda/autograd.py.
   m.def(
       "lif_forward(Tensor x, Tensor? initial_potential, SymInt steps, str neuron, Tensor? numbers, "
-      "bool return_potential, bool save_states) "
-      "-> (Tensor spikes, Tensor final_potential, Tensor states)");
+      "bool return_potential, bool save_states) -> (Tensor spikes, Tensor final_potential, Tensor states)");
   m.def(
       "lif_backward(Tensor grad_spikes, Tensor? grad_final, Tensor x, Tensor? initial_potential, Tensor states, "
       "SymInt steps, str neuron, Tensor? numbers, bool return_grad_initial) -> (Tensor grad_x, Tensor grad_initial)");
@@ -30,8 +22,33 @@ STABLE_TORCH_LIBRARY(stbp_cuda, m) {
   m.def(
       "neunorm_lif_backward(Tensor grad_normalised, Tensor x, Tensor weight, Tensor? decays, Tensor sums, Tensor maps, "
       "Tensor states, SymInt steps, str neuron, Tensor? numbers, float norm_decay, bool squared, "
-      "bool return_grad_decays) "
-      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_decays)");
+      "bool return_grad_decays) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_decays)");
+
+  // The same without all that, which costs microseconds: what the package's autograd functions call when nothing but
+  // autograd looks on.
+  m.def(
+      "_lif_forward(Tensor x, Tensor? initial_potential, int steps, str neuron, bool return_potential, "
+      "bool save_states) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_lif_backward(Tensor grad_spikes, Tensor? grad_final, Tensor x, Tensor? initial_potential, Tensor states, "
+      "int steps, str neuron, bool return_grad_initial) -> (Tensor, Tensor)");
+  m.def(
+      "_neunorm_lif_forward(Tensor x, Tensor weight, Tensor? decays, int steps, str neuron, float norm_decay, "
+      "bool squared) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_neunorm_lif_backward(Tensor grad_normalised, Tensor x, Tensor weight, Tensor? decays, Tensor sums, "
+      "Tensor maps, Tensor states, int steps, str neuron, float norm_decay, bool squared, bool return_grad_decays) "
+      "-> (Tensor, Tensor, Tensor)");
+
+  // What compilers trace, implemented in stbp_cuda/autograd.py by the operators above. A Scalar, unlike a float, may be
+  // a number that changes from call to call. `version` is the package's, so that what an older version made of the same
+  // call is not found in a compiler's cache.
+  m.def(
+      "lif(Tensor x, Tensor? initial_potential, SymInt steps, Scalar decay, Scalar v_threshold, Scalar v_reset, "
+      "Scalar width, str switches, bool return_potential, str version) -> (Tensor spikes, Tensor final_potential)");
+  m.def(
+      "neunorm_lif(Tensor x, Tensor weight, Tensor? decays, SymInt steps, Scalar decay, Scalar v_threshold, "
+      "Scalar v_reset, Scalar width, Scalar norm_decay, bool squared, str switches, str version) -> Tensor");
 }
 
 namespace {

@@ -1,9 +1,9 @@
 """The gradients of the operators, and what the transforms of torch beside autograd make of them.
 
-The stable ABI has no autograd. An eager call takes the shortest way, an ``autograd.Function`` that keeps what the
-backward pass needs. ``torch.func`` takes only functions that come in more pieces, each of which costs time:
-``TransformableLIF`` and its like. They also are the gradients of the operators themselves, which is what the compiler
-sees: it traces ``torch.ops.stbp_cuda.lif``, whose numbers may change from call to call, down to the operator.
+The stable ABI has no autograd. An eager call takes the shortest way: :class:`FusedLIF`, over operators without any
+registration. ``torch.func`` takes only functions that come in more pieces, each of which costs time: TransformableLIF.
+These are also the gradients of the public operators. A compiler sees ``torch.ops.stbp_cuda.lif``, whose numbers may
+change from call to call, and traces it down to them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,28 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .ops import lif_backward, lif_forward, neunorm_lif_backward, neunorm_lif_forward, neuron_text
+from .ops import (
+    eager_lif_backward,
+    eager_lif_forward,
+    eager_neunorm_lif_backward,
+    eager_neunorm_lif_forward,
+    lif_backward,
+    lif_forward,
+    neunorm_lif_backward,
+    neunorm_lif_forward,
+    neuron_text,
+)
 
-__all__ = ["FusedLIF", "FusedNeuNormLIF", "TransformableLIF", "TransformableNeuNormLIF", "below_autograd", "transforms"]
+__all__ = ["FusedLIF", "FusedNeuNormLIF", "TransformableLIF", "TransformableNeuNormLIF", "transforms"]
 
-# Without this guard, an operator that a Function calls would go through its own autograd kernel below, in Python.
-below_autograd = torch._C._AutoDispatchBelowAutograd
+# Inside a Function, an operator would else go through its own autograd kernel, the Function.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_torch_func_is_active = torch._C._are_functorch_transforms_active
 
 
 def transforms() -> bool:
     """Whether a transform of torch.func or forward AD is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0 or _torch_func_is_active()
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
@@ -70,10 +81,7 @@ class FusedLIF(torch.autograd.Function):
         """
         steps, neuron, return_potential = call
         spikes: Tensor
-        with below_autograd():
-            spikes, final_potential, states = lif_forward(
-                x, initial_potential, steps, neuron, None, return_potential, True
-            )
+        spikes, final_potential, states = eager_lif_forward(x, initial_potential, steps, neuron, return_potential, True)
         ctx.save_for_backward(x, initial_potential, states)
         ctx.call = call
         if not return_potential:
@@ -87,23 +95,17 @@ class FusedLIF(torch.autograd.Function):
         x, initial_potential, states = _saved(ctx)
         steps, neuron, _ = ctx.call
         wants_initial = initial_potential is not None and ctx.needs_input_grad[1]
-        grad_x, grad_initial = _lif_gradients(
-            grad_spikes, grad_final, x, initial_potential, states, steps, neuron, None, wants_initial
-        )
-        return grad_x, grad_initial, None
-
-
-def _lif_gradients(
-    grad_spikes: Tensor | None, grad_final: Tensor | None, x: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor | None]:
-    if grad_spikes is None:
-        grad_spikes = torch.zeros_like(x)
-    if torch.is_grad_enabled() or transforms():
-        grad_x, grad_initial = LIFGradient.apply(grad_spikes, grad_final, x, *rest)
-    else:
-        with below_autograd():
-            grad_x, grad_initial = lif_backward(grad_spikes, grad_final, x, *rest)
-    return grad_x, grad_initial if rest[-1] else None
+        if grad_spikes is None:
+            grad_spikes = torch.zeros_like(x)
+        if torch.is_grad_enabled() or transforms():  # create_graph=True, or many gradients by vmap
+            grad_x, grad_initial = LIFGradient.apply(
+                grad_spikes, grad_final, x, initial_potential, states, steps, neuron, None, wants_initial
+            )
+        else:
+            grad_x, grad_initial = eager_lif_backward(
+                grad_spikes, grad_final, x, initial_potential, states, steps, neuron, wants_initial
+            )
+        return grad_x, grad_initial if wants_initial else None, None
 
 
 class LIFGradient(torch.autograd.Function):
@@ -114,7 +116,7 @@ class LIFGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        with below_autograd():
+        with _below_autograd():
             return lif_backward(*args)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -140,7 +142,7 @@ class TransformableLIF(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, initial_potential: Tensor | None, steps: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         *call, _ = rest
-        with below_autograd():
+        with _below_autograd():
             return lif_forward(x, initial_potential, steps, *call, _saves_states(steps))  # type: ignore[no-any-return]
 
     @staticmethod
@@ -157,10 +159,14 @@ class TransformableLIF(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, initial_potential, states, numbers = _saved(ctx)
         wants_initial = initial_potential is not None and ctx.needs_input_grad[1]
+        if grad_spikes is None:
+            grad_spikes = torch.zeros_like(x)
         if not ctx.return_potential:
             grad_final = None
-        rest = (initial_potential, states, ctx.steps, ctx.neuron, numbers, wants_initial)
-        return *_lif_gradients(grad_spikes, grad_final, x, *rest), None, None, None, None, None
+        grad_x, grad_initial = LIFGradient.apply(
+            grad_spikes, grad_final, x, initial_potential, states, ctx.steps, ctx.neuron, numbers, wants_initial
+        )
+        return grad_x, grad_initial if wants_initial else None, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -177,9 +183,7 @@ class FusedNeuNormLIF(torch.autograd.Function):
         """Args: those of the operator; ``call`` is (steps, neuron, norm_decay, squared)."""
         kept: tuple[Tensor, ...]
         normalised: Tensor
-        steps, neuron, *norm = call
-        with below_autograd():
-            normalised, *kept = neunorm_lif_forward(x, weight, decays, steps, neuron, None, *norm, True)
+        normalised, *kept = eager_neunorm_lif_forward(x, weight, decays, *call)
         ctx.save_for_backward(x, weight, decays, *kept)
         ctx.call = call
         return normalised
@@ -187,18 +191,14 @@ class FusedNeuNormLIF(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_normalised: Tensor) -> tuple[Tensor | None, ...]:
         """Returns dL/dx, dL/dweight and dL/ddecays."""
-        steps, neuron, *norm = ctx.call
-        return *_neunorm_gradients(ctx, grad_normalised, _saved(ctx), (steps, neuron, None, *norm)), None
-
-
-def _neunorm_gradients(ctx: Any, grad: Tensor, saved: tuple[Any, ...], call: tuple[Any, ...]) -> tuple[Any, ...]:
-    wants_decays = saved[2] is not None and ctx.needs_input_grad[2]
-    if torch.is_grad_enabled() or transforms():
-        grad_x, grad_weight, grad_decays = NeuNormLIFGradient.apply(grad, *saved, *call, wants_decays)
-    else:
-        with below_autograd():
-            grad_x, grad_weight, grad_decays = neunorm_lif_backward(grad, *saved, *call, wants_decays)
-    return grad_x, grad_weight, grad_decays if wants_decays else None
+        saved = _saved(ctx)
+        wants_decays = saved[2] is not None and ctx.needs_input_grad[2]
+        if torch.is_grad_enabled() or transforms():
+            steps, neuron, *norm = ctx.call
+            gradients = NeuNormLIFGradient.apply(grad_normalised, *saved, steps, neuron, None, *norm, wants_decays)
+        else:
+            gradients = eager_neunorm_lif_backward(grad_normalised, *saved, *ctx.call, wants_decays)
+        return *gradients[:2], gradients[2] if wants_decays else None, None
 
 
 class NeuNormLIFGradient(LIFGradient):
@@ -206,7 +206,7 @@ class NeuNormLIFGradient(LIFGradient):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        with below_autograd():
+        with _below_autograd():
             return neunorm_lif_backward(*args)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -222,7 +222,7 @@ class TransformableNeuNormLIF(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, decays: Tensor | None, steps: int, *rest: Any) -> tuple[Tensor, ...]:
         *call, _ = rest
-        with below_autograd():
+        with _below_autograd():
             return neunorm_lif_forward(x, weight, decays, steps, *call, _saves_states(steps))  # type: ignore[no-any-return]
 
     @staticmethod
@@ -235,8 +235,11 @@ class TransformableNeuNormLIF(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_normalised: Tensor, *grads: Any) -> tuple[Tensor | None, ...]:
         *saved, numbers = _saved(ctx)
-        call = (ctx.steps, ctx.neuron, numbers, *ctx.norm)
-        return *_neunorm_gradients(ctx, grad_normalised, tuple(saved), call), None, None, None, None, None, None
+        wants_decays = saved[2] is not None and ctx.needs_input_grad[2]
+        gradients = NeuNormLIFGradient.apply(
+            grad_normalised, *saved, ctx.steps, ctx.neuron, numbers, *ctx.norm, wants_decays
+        )
+        return *gradients[:2], gradients[2] if wants_decays else None, None, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -282,13 +285,13 @@ def _autograd_kernel(operator: Any, function: type[torch.autograd.Function]) -> 
         derived = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         if forward_ad._current_level >= 0:
             derived |= any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)  # type: ignore[no-untyped-call]
-        if derived and torch._C._are_functorch_transforms_active():
+        if derived and _torch_func_is_active():
             raise RuntimeError(
                 f"{operator} has no gradient inside torch.func.grad and its like: call stbp_cuda.functional or a layer"
             )
         if derived:
             return function.apply(*args)
-        with below_autograd():
+        with _below_autograd():
             return operator(*args)
 
     return kernel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
@@ -98,6 +99,17 @@ def check_options(
     # Text would fix the numbers of a compiled graph.
     neuron = "" if torch.compiler.is_compiling() else ops.neuron_text(ops.switches(**options), *_numbers(options))
     return Checked(options, neuron, steps, backend)
+
+
+_known = functools.lru_cache(typed=True)(check_options)
+_IMMUTABLE = {bool, int, float, str, type(None), *SURROGATES.values()}
+
+
+def _checked(**options: Any) -> Checked:
+    """:func:`check_options`, but what was found right before is not checked again: it would take half of a call."""
+    if torch.compiler.is_compiling() or not _IMMUTABLE.issuperset(map(type, options.values())):
+        return check_options(**options)
+    return _known(**options)
 
 
 def _numbers(options: dict[str, Any]) -> tuple[float, float, float, float]:
@@ -270,7 +282,7 @@ def lif(
     """
     if unexpected:
         raise unexpected_keyword("lif", unexpected)
-    checked = check_options(
+    checked = _checked(
         decay=decay,
         v_threshold=v_threshold,
         surrogate=surrogate,
@@ -327,10 +339,9 @@ def run(
             return result
         spikes, potential = result
     else:
-        with autograd.below_autograd():
-            spikes, potential, _ = ops.lif_forward(
-                x, initial_potential, steps, checked.neuron, None, return_potential, False
-            )
+        spikes, potential, _ = ops.eager_lif_forward(
+            x, initial_potential, steps, checked.neuron, return_potential, False
+        )
     if not return_potential:
         return spikes
     return spikes, potential if folded else potential.squeeze(0)
@@ -438,7 +449,7 @@ def neunorm_lif(
     unexpected = [option for option in options if option not in NeuronOptions.__annotations__]
     if unexpected:
         raise unexpected_keyword("neunorm_lif", unexpected)
-    checked = check_options(
+    checked = _checked(
         decay=0.0 if isinstance(decay, Tensor) else decay,
         v_threshold=v_threshold,
         surrogate=surrogate,

@@ -94,9 +94,6 @@ class LIFLayer(nn.Module):
     def _check(self) -> functional.Checked:
         return functional.check_options(**{name: getattr(self, attribute) for name, attribute in _OPTIONS.items()})
 
-    def _current(self) -> functional.Checked:
-        return self._checked or self._check()
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _RENAMED and isinstance(value, str) and value in (*functional.RESETS, *functional.BACKENDS):
             raise AttributeError(f"{type(self).__name__} keeps {name} in the attribute {_RENAMED[name]}; set that")
@@ -126,7 +123,7 @@ class LIFLayer(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.lif`.
         """
-        return functional.run(x, self._current(), initial_potential, bool(return_potential))
+        return functional.run(x, self._checked or self._check(), initial_potential, bool(return_potential))
 
     def extra_repr(self) -> str:
         return (
@@ -239,7 +236,9 @@ class NeuNormLIF(LIFLayer):
         decay, norm_decay = self.decay, self.norm_decay
         if self.decay_logits is not None:
             decay, norm_decay = self.decay_logits.sigmoid().unbind()
-        return functional.run_neunorm(x, self.weight, self._current(), decay, norm_decay, self.scaling == "1/F^2")
+        return functional.run_neunorm(
+            x, self.weight, self._checked or self._check(), decay, norm_decay, self.scaling == "1/F^2"
+        )
 
     def extra_repr(self) -> str:
         learned = self.decay_logits is not None

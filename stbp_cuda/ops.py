@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +39,11 @@ lif_forward = torch.ops.stbp_cuda.lif_forward.default
 lif_backward = torch.ops.stbp_cuda.lif_backward.default
 neunorm_lif_forward = torch.ops.stbp_cuda.neunorm_lif_forward.default
 neunorm_lif_backward = torch.ops.stbp_cuda.neunorm_lif_backward.default
+# The same, without what costs time: csrc/ops.cpp.
+eager_lif_forward = torch.ops.stbp_cuda._lif_forward.default
+eager_lif_backward = torch.ops.stbp_cuda._lif_backward.default
+eager_neunorm_lif_forward = torch.ops.stbp_cuda._neunorm_lif_forward.default
+eager_neunorm_lif_backward = torch.ops.stbp_cuda._neunorm_lif_backward.default
 
 
 def switches(
@@ -145,8 +151,7 @@ def _empty(x: Tensor, steps: int, count: int | None, dtype: torch.dtype) -> Tens
     return x.new_empty_strided(size, dense.stride(), dtype=dtype)
 
 
-@torch.library.register_fake("stbp_cuda::lif_forward")  # type: ignore[untyped-decorator]
-def _(
+def _fake_lif_forward(
     x: Tensor,
     initial_potential: Tensor | None,
     steps: int,
@@ -163,8 +168,7 @@ def _(
     )
 
 
-@torch.library.register_fake("stbp_cuda::lif_backward")  # type: ignore[untyped-decorator]
-def _(
+def _fake_lif_backward(
     grad_spikes: Tensor,
     grad_final: Tensor | None,
     x: Tensor,
@@ -195,8 +199,7 @@ def _empty_in_order(like: Tensor, size: tuple[int, ...], last: int, innermost: b
     return like.new_empty(moved, dtype=dtype).movedim(-1, features)
 
 
-@torch.library.register_fake("stbp_cuda::neunorm_lif_forward")  # type: ignore[untyped-decorator]
-def _(
+def _fake_neunorm_lif_forward(
     x: Tensor,
     weight: Tensor,
     decays: Tensor | None,
@@ -221,8 +224,7 @@ def _(
     )
 
 
-@torch.library.register_fake("stbp_cuda::neunorm_lif_backward")  # type: ignore[untyped-decorator]
-def _(
+def _fake_neunorm_lif_backward(
     grad_normalised: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -243,3 +245,21 @@ def _(
         weight.new_empty(weight.shape),
         weight.new_empty(2 if return_grad_decays else 0),
     )
+
+
+def _without_numbers(fake: Callable[..., Any], place: int, *more: Any) -> Callable[..., Any]:
+    return lambda *args: fake(*args[:place], None, *args[place:], *more)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "lif_forward": _fake_lif_forward,
+    "lif_backward": _fake_lif_backward,
+    "neunorm_lif_forward": _fake_neunorm_lif_forward,
+    "neunorm_lif_backward": _fake_neunorm_lif_backward,
+    "_lif_forward": _without_numbers(_fake_lif_forward, 4),
+    "_lif_backward": _without_numbers(_fake_lif_backward, 7),
+    "_neunorm_lif_forward": _without_numbers(_fake_neunorm_lif_forward, 5, True),
+    "_neunorm_lif_backward": _without_numbers(_fake_neunorm_lif_backward, 9),
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"stbp_cuda::{_name}", _fake)

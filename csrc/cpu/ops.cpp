@@ -156,9 +156,4 @@ int cpu_neunorm_chunk() { return Cpu::kNeuNormChunk; }
 
 }  // namespace stbp
 
-STABLE_TORCH_LIBRARY_IMPL(stbp_cuda, CPU, m) {
-  m.impl("lif_forward", TORCH_BOX(&stbp::lif_forward<stbp::Cpu>));
-  m.impl("lif_backward", TORCH_BOX(&stbp::lif_backward<stbp::Cpu>));
-  m.impl("neunorm_lif_forward", TORCH_BOX(&stbp::neunorm_lif_forward<stbp::Cpu>));
-  m.impl("neunorm_lif_backward", TORCH_BOX(&stbp::neunorm_lif_backward<stbp::Cpu>));
-}
+STABLE_TORCH_LIBRARY_IMPL(stbp_cuda, CPU, m) { stbp::implement<stbp::Cpu>(m); }

@@ -65,9 +65,4 @@ struct Cuda {
 }  // namespace
 }  // namespace stbp
 
-STABLE_TORCH_LIBRARY_IMPL(stbp_cuda, CUDA, m) {
-  m.impl("lif_forward", TORCH_BOX(&stbp::lif_forward<stbp::Cuda>));
-  m.impl("lif_backward", TORCH_BOX(&stbp::lif_backward<stbp::Cuda>));
-  m.impl("neunorm_lif_forward", TORCH_BOX(&stbp::neunorm_lif_forward<stbp::Cuda>));
-  m.impl("neunorm_lif_backward", TORCH_BOX(&stbp::neunorm_lif_backward<stbp::Cuda>));
-}
+STABLE_TORCH_LIBRARY_IMPL(stbp_cuda, CUDA, m) { stbp::implement<stbp::Cuda>(m); }
