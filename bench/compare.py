@@ -32,6 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import malloc
+
 ROOT = Path(__file__).parent.parent
 SHAPES = ((4, 4096), (16, 65536), (16, 2**20))
 DTYPES = ("float32", "bfloat16")
@@ -163,9 +165,11 @@ def main() -> None:
     add("--rounds", type=int, default=10, help="each runs both; default 10, at least 3")
     add("--seconds", type=float, default=0.1, help="for each case in each round; default 0.1")
     add("--threshold", type=float, default=5, metavar="PERCENT", help="default 5")
+    malloc.add_option(parser)
     args = parser.parse_args()
     if args.rounds < 3 or not 0 < args.seconds < math.inf or not 0 <= args.threshold < math.inf:
         parser.error("--rounds must be at least 3, --seconds positive, --threshold not negative")
+    os.environ.update(malloc.MALLOC[args.malloc])  # for all processes that are started
     from tqdm import tqdm  # an environment that is compared may lack it
 
     with tempfile.TemporaryDirectory() as folder:

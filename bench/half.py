@@ -14,6 +14,7 @@ import itertools
 import sys
 
 import harness
+import malloc
 import torch
 
 from stbp_cuda import functional
@@ -32,6 +33,7 @@ def backward(dtype: torch.dtype, surrogate: str, reset: str, detach_reset: bool)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=harness.positive(float), default=0.02, help="for each case; default 0.02")
+    malloc.add_option(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    malloc.start(main)

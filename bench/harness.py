@@ -22,6 +22,7 @@ import os
 import platform
 import random
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from malloc import KEEP
 
 import stbp_cuda
 from stbp_cuda.ops import fused_backend_problem
@@ -117,6 +119,11 @@ def sample(run: Callable[[], object], calls: int, device: torch.device) -> float
     return (time.perf_counter_ns() - start) * 1e-9 / calls
 
 
+def page_faults() -> int:
+    """Of this process, so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def measure(runs: dict[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, dict[str, Any]]:
     """Time all contestants turn by turn, so that a machine that slows down slows them all.
 
@@ -124,7 +131,7 @@ def measure(runs: dict[str, Callable[[], object]], seconds: float, device: torch
 
     Returns:
         For each contestant, the "median" and the "quartiles" in seconds per call, over so many "samples" of so many
-        "calls" each.
+        "calls" each; and the page "faults" of a call, as the median.
     """
     gc.collect()
     gc.disable()  # else the garbage of one is collected at the cost of another
@@ -137,6 +144,7 @@ def measure(runs: dict[str, Callable[[], object]], seconds: float, device: torch
             if first > LONG:
                 long.add(name)
         samples: dict[str, list[float]] = {name: [] for name in runs}
+        faults: dict[str, list[float]] = {name: [] for name in runs}
         order, shuffle = list(runs), random.Random(0).shuffle
         start = time.perf_counter()
         for done in itertools.count():
@@ -147,13 +155,16 @@ def measure(runs: dict[str, Callable[[], object]], seconds: float, device: torch
             for name in order:
                 if name not in long:
                     runs[name]()  # caches and allocator as this contestant leaves them, not as another one did
+                before = page_faults()
                 samples[name].append(sample(runs[name], calls[name], device))
+                faults[name].append((page_faults() - before) / calls[name])
     finally:
         gc.enable()
     times = {}
     for name, values in samples.items():
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         times[name] = {"median": median, "quartiles": [low, high], "samples": len(values), "calls": calls[name]}
+        times[name]["faults"] = statistics.median(faults[name])
     return times
 
 
@@ -270,9 +281,22 @@ def describe(device: torch.device) -> dict[str, Any]:
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=7", "HEAD"]
+        commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     load = os.getloadavg() if hasattr(os, "getloadavg") else None  # by others, at the start
-    here = {"date": date, "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": load}
+    malloc = {name: os.environ[name] for name in (*KEEP, "LD_PRELOAD") if name in os.environ}
+    here = {
+        "commit": commit,
+        "date": date,
+        "malloc": malloc,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": load,
+    }
     versions = {package: version(package) for package in PACKAGES}
     return {**here, "gpu": gpu, "driver": driver, **stbp_cuda.build_info(), **versions}
 

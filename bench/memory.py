@@ -1,7 +1,8 @@
 """How much memory one layer of LIF neurons takes in training: the fused layer and every rival that is installed.
 
-    python bench/memory.py            16 steps of a million neurons in float32, on the GPU if there is one
-    python bench/memory.py --help     everything else
+    python bench/memory.py              16 steps of a million neurons in float32, on the GPU if there is one
+    python bench/memory.py --growing    what the CPU's malloc makes of sizes that grow from call to call
+    python bench/memory.py --help       everything else
 
 For each contestant: the bytes that autograd keeps between forward and backward, each storage counted once, and how many
 of these are x itself, which the layer before keeps anyway; what the process (on a GPU: torch's allocator) has grown by
@@ -12,13 +13,15 @@ tenth and now and then by half: on a CPU the peak is the median of three process
 
 On a CPU, each figure is measured in a copy of this process, where no freed memory lies ready to be used again unseen.
 
-Prints a table of bytes for each neuron and step, and writes memory-<device>.json and .png.
+Prints a table of bytes for each neuron and step, and writes memory-<device>.json and .png. With --growing it prints no
+more than the peak, and what is left when all results are freed, for the fused layer and the allocator of this process.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -29,11 +32,13 @@ from harness import (
     add_arguments,
     describe,
     in_fork,
+    in_fresh_process,
     memory_in_use,
     peak_memory,
     positive,
     prepare,
     release_free_memory,
+    resident_memory,
     save,
     where,
     write_json,
@@ -128,6 +133,36 @@ def measured(peaks: int, device: torch.device, *what: Any) -> dict[str, int | No
     return {**in_fork(kept_apart, *what), "peak": statistics.median_low(found) if found else None}
 
 
+def growing(train: bool, threads: int, steps: int = 64, neurons: int = 2**18) -> tuple[float, float] | None:
+    """What a process holds of calls for 1, 2, ... steps, as recordings of growing length would make them: at most, and
+    two seconds after all results are freed. In sizes of the largest input, beside which they come; None where that
+    cannot be known."""
+    torch.set_num_threads(threads)
+    layer, x = stbp_cuda.LIFLayer(), torch.randn(steps, neurons)
+
+    def call(count: int) -> Tensor:
+        spikes = layer(x[:count].requires_grad_(train))
+        if train:
+            spikes.sum().backward()
+        return spikes
+
+    def calls() -> None:
+        for count in range(1, steps + 1):
+            spikes = call(count)  # while the spikes of the call before are alive, and in training their gradients
+        del spikes
+
+    call(1)
+    release_free_memory()
+    before = resident_memory()
+    most = peak_memory(calls, x.device)
+    time.sleep(2)  # some allocators give back with a delay, and then only when they are called
+    call(1)
+    after = resident_memory()
+    if before is None or most is None or after is None:
+        return None
+    return most / x.nbytes, (after - before) / x.nbytes
+
+
 def row(point: dict[str, Any]) -> str:
     numbers = (point["per_neuron_step"].get(key) for key in ("kept", "kept_input", "growth", "peak"))
     text = f"{point['dtype']:<9} {point['label']:<32}"
@@ -179,8 +214,15 @@ def main() -> None:
     add("--steps", type=positive(int), default=16, metavar="T", help="default 16")
     add("--neurons", type=positive(int), metavar="N", help=f"default {2**20:,}, with --quick {2**18:,}")
     add("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS), metavar="NAME", help=f"of {', '.join(RIVALS)}")
+    add("--growing", action="store_true", help="measure that instead, on a CPU")
     args = parser.parse_args()
     device = prepare(parser, args)
+    if args.growing:
+        for train in False, True:
+            found = in_fresh_process(growing, train, torch.get_num_threads())
+            text = "peak {:.2f}, kept {:.2f}".format(*found) if found else "not known"
+            print(f"{'training' if train else 'inference':<10} {text} times the largest input")
+        return
     neurons = args.neurons or (2**18 if args.quick else 2**20)
 
     machine = describe(device)

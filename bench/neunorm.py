@@ -19,6 +19,7 @@ import statistics
 from typing import Any
 
 import harness
+import malloc
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -166,6 +167,7 @@ def picture(points: list[dict[str, Any]], machine: dict[str, Any]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     harness.add_arguments(parser)
+    malloc.add_option(parser)
     args = parser.parse_args()
     device = harness.prepare(parser, args)
     machine = harness.describe(device)
@@ -198,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    malloc.start(main)

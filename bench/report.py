@@ -60,7 +60,10 @@ def about(machine: dict[str, Any]) -> str:
     text = f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_instruction_set']}"
     if machine["gpu"]:
         text = f"{machine['gpu']}, driver {machine['driver']}"
-    return f"On {text}; torch {machine['torch']}, {machine['date'][:10]}.\n\n"
+    if machine.get("malloc"):
+        text += ", malloc told to keep memory"
+    at = f" at {machine['commit']}" if machine.get("commit") else ""
+    return f"On {text}; torch {machine['torch']}. Measured{at} on {machine['date'][:10]}.\n\n"
 
 
 def times(number: float) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import malloc
 import torch
 from harness import (
     Points,
@@ -30,6 +31,7 @@ from harness import (
     no_compile_cache,
     positive,
     prepare,
+    release_free_memory,
     save,
     synchronize,
     where,
@@ -106,6 +108,7 @@ def measure_point(
     names: list[str], dtype: str, steps: int, neurons: int, seconds: float, budget: Budget, device: torch.device
 ) -> Iterator[Point]:
     """One entry for each pass, after checking that all contestants compute the same."""
+    release_free_memory()  # of the point before, which a malloc that keeps it may not find a use for
     x, grad = random_input(steps, neurons, getattr(torch, dtype), device)
     layers = {name: RIVALS[name].layer(device) for name in names}
     for run_name, run in PASSES.items():
@@ -157,14 +160,15 @@ def title(point: Point) -> str:
 
 def header(names: list[str]) -> str:
     rivals = "".join(f"{name[:12]:>13}" for name in names if name != "ours")
-    return f"{'dtype':<9}{'T':>5}{'N':>11}  {'pass':<7}{'ours us':>12}  {'25-75 %':<23}{'GB/s':>6}{'clone':>7}{rivals}"
+    ours = f"{'ours us':>12}  {'25-75 %':<23}{'faults':>8}{'GB/s':>6}{'clone':>7}"
+    return f"{'dtype':<9}{'T':>5}{'N':>11}  {'pass':<7}{ours}{rivals}"
 
 
 def row(point: Point, names: list[str]) -> str:
     low, high = (f"{1e6 * seconds:,.1f}" for seconds in point["times"]["ours"]["quartiles"])
     text = f"{point['dtype']:<9}{point['steps']:>5}{point['neurons']:>11,}  {point['pass']:<7}"
     text += f"{1e6 * point['times']['ours']['median']:>12,.1f}  {f'{low}-{high}':<23}"
-    text += f"{point['gb_per_s']:>6.1f}{point['share_of_copy']:>7.0%}"
+    text += f"{point['times']['ours']['faults']:>8,.0f}{point['gb_per_s']:>6.1f}{point['share_of_copy']:>7.0%}"
     for name in names:
         if name in point["ratios"]:
             text += f"{point['ratios'][name]:>11.2f} x"
@@ -342,11 +346,12 @@ def contestants(args: argparse.Namespace, device: torch.device) -> tuple[list[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    malloc.add_option(parser)
     add = parser.add_argument
     add("--dtypes", nargs="+", choices=DTYPES, help="default: float32 bfloat16; with --quick float32")
     add("--steps", nargs="+", type=positive(int), metavar="T", help="in place of the grid's")
     add("--neurons", nargs="+", type=positive(int), metavar="N", help="in place of the grid's")
-    add("--rivals", nargs="+", choices=OTHERS, default=OTHERS, metavar="NAME", help=f"some of {', '.join(OTHERS)}")
+    add("--rivals", nargs="*", choices=OTHERS, default=OTHERS, metavar="NAME", help=f"none, or of {', '.join(OTHERS)}")
     add("--longest", type=positive(float), default=2.0, help="seconds for a call, else a rival is left out; default 2")
     add("--compile-steps", type=positive(int), default=64, help="the largest T for torch.compile; default 64")
     args = parser.parse_args()
@@ -398,4 +403,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    malloc.start(main)

@@ -30,7 +30,6 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from functools import partial
 from typing import Any
 
 import harness
+import malloc
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -48,9 +48,6 @@ from tqdm import tqdm
 import stbp_cuda
 from stbp_cuda.surrogate import Rectangular
 
-# Freed memory is neither given back nor mapped anew: the page faults of fresh tensors cost as much as the convolutions.
-KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-MALLOC = {"default": {}, "keep": KEEP}
 TF32_BACKENDS = (torch.backends.cuda.matmul, torch.backends.cudnn)
 RATES_MAY_DIFFER, GRADIENTS_MAY_DIFFER = 0.02, 0.05  # of all rates; of the gradient, in the 2-norm
 FEWEST_CHECKED = 20  # samples in a study: of the rates of two, a single spike is 5 %
@@ -454,22 +451,7 @@ def peak(network: Network, name: str, device: str, threads: int) -> int | None:
     few = x[:1] if network.direct else x[:, :1]
     train(make(name, small, state, at), few.contiguous(), y[:1])()
     step = train(make(name, network, state, at), x, y)
-    stbp_cuda.empty_cpu_cache()
     return harness.peak_memory(step, at)
-
-
-@contextlib.contextmanager
-def environment(settings: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def setting(point: dict[str, Any]) -> str:
@@ -483,12 +465,13 @@ def row(point: dict[str, Any]) -> str:
     memory = "not known" if point["peak"] is None else f"{point['peak'] / 2**20:,.0f}"
     share = f"{point['neurons_share']:.0%}" if "neurons_share" in point else ""
     text += f"{share:>9}{memory:>11}{point['samples_per_second']:>11,.0f}{point['different']['rates']:>9.2%}"
+    text += f"{point['faults']:>10,.0f}"
     return text + (f"{point['seconds_per_epoch']:>11,.0f}" if "seconds_per_epoch" in point else "")
 
 
 HEADER = (
     f"{'network':<13}{'T':>3}{'batch':>6}{'width':>6}  {'setting':<8} {'':<26}{'ms':>10}  {'25-75 %':<20}{'of ours':>8}"
-    f"{'neurons':>9}{'peak MiB':>11}{'samples/s':>11}{'differ':>9}{'s/epoch':>11}"
+    f"{'neurons':>9}{'peak MiB':>11}{'samples/s':>11}{'differ':>9}{'faults':>10}{'s/epoch':>11}"
 )
 
 
@@ -618,7 +601,12 @@ def main() -> None:
     add("--contestants", nargs="+", choices=CONTESTANTS, metavar="NAME", help=", ".join(CONTESTANTS))
     add("--steps", type=harness.positive(int), metavar="T", help="in place of the network's")
     add("--batch", type=harness.positive(int), help="in place of the network's")
-    add("--malloc", nargs="+", choices=MALLOC, help="default: both on Linux's CPU, in a study keep; elsewhere default")
+    add(
+        "--malloc",
+        nargs="+",
+        choices=malloc.MALLOC,
+        help="default: both on Linux's CPU, in a study keep; elsewhere default",
+    )
     add("--tf32", nargs="+", choices=("on", "off"), help="on a GPU; default: both, in a study on")
     args = parser.parse_args()
     if args.study == "speed" and not SPEED.keys() >= set(args.networks or ()):
@@ -631,7 +619,7 @@ def main() -> None:
     if args.tf32 and device.type != "cuda":
         parser.error("--tf32 is for a GPU")
     on_linux_cpu = device.type == "cpu" and sys.platform == "linux"
-    modes = args.malloc or ((["keep"] if args.study else list(MALLOC)) if on_linux_cpu else ["default"])
+    modes = args.malloc or ((["keep"] if args.study else list(malloc.MALLOC)) if on_linux_cpu else ["default"])
     tf32_modes = [None]
     if device.type == "cuda":
         tf32_modes = [text == "on" for text in args.tf32 or (["on"] if args.study else ["on", "off"])]
@@ -668,7 +656,7 @@ def main() -> None:
             able = [name for name in names if name != "ours-channels-last" or len(network.input) == 3]
             for mode, tf32 in itertools.product(modes, tf32_modes):
                 bar.set_description(f"{network_name}, malloc {mode}")
-                with environment(MALLOC[mode]):
+                with malloc.environment(malloc.MALLOC[mode]):
                     shared = (args.device, torch.get_num_threads())
                     times = apart(time_all, network, able, bool(args.study), args.seconds, *shared, tf32)
                     peaks = {name: apart(peak, network, name, *shared) for name in able}
@@ -697,7 +685,7 @@ def main() -> None:
                     points.append(point)
                     bar.write(row(point))
                 bar.update()
-    result: dict[str, Any] = {"machine": machine, "malloc": MALLOC, "points": points}
+    result: dict[str, Any] = {"machine": machine, "malloc": malloc.MALLOC, "points": points}
     if args.study == "speed":
         figure = speed_picture(points, machine)
     elif args.study == "growth":

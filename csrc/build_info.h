@@ -8,7 +8,6 @@ namespace stbp {
 const char* cpu_instruction_set();  // chosen on this machine
 int cpu_chunk();                    // K of "one state every K steps"
 int cpu_neunorm_chunk();            // the same for neurons with normalisation
-int64_t cpu_cache_limit();          // bytes that freed results may hold; 0 where torch is too old for it
 
 #if defined(STBP_CUDA)
 int cuda_chunk();

@@ -102,10 +102,6 @@ struct Layout {
   bool sizes_are_empty() const { return std::find(sizes.begin(), sizes.end(), 0) != sizes.end(); }
 };
 
-inline size_t element_size(ScalarType type) {
-  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-}
-
 inline int32_t dtype_code(ScalarType type) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
 }

@@ -1,10 +1,10 @@
 // The operators, from tensors to a device's kernels: what the IMPL blocks of all devices share.
 //
-// Device gives kChunk, the K of "one state every K steps"; forward(io, options, device_index) and backward(...), which
-// run the kernels; and new_tensor(sizes, strides, type, like), for results. For the neurons with normalisation,
-// kNeuNormChunk; kCarriesInMemory, whether gradients go from chunk to chunk through a tensor; neunorm_parts(io), into
-// how many groups of samples and strips of positions a device splits the backward pass; and neunorm_forward and
-// neunorm_backward; and sum_groups(total, parts), which adds up the groups.
+// Device gives kChunk, the K of "one state every K steps"; and forward(io, options, device_index) and backward(...),
+// which run the kernels. For the neurons with normalisation, kNeuNormChunk; kCarriesInMemory, whether gradients go from
+// chunk to chunk through a tensor; neunorm_parts(io), into how many groups of samples and strips of positions a device
+// splits the backward pass; neunorm_forward and neunorm_backward; and sum_groups(total, parts), which adds up the
+// groups.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -157,10 +157,10 @@ std::tuple<Tensor, Tensor, Tensor> lif_forward(const Tensor& x, const std::optio
     initial = matching("initial_potential", *initial_potential, layout.sizes_for(1), state, layout.strides, x);
 
   const int64_t saved = save_states ? (steps - 1) / Device::kChunk : 0;
-  const Tensor spikes = Device::new_tensor(layout.sizes, layout.strides, x.scalar_type(), x);
+  const Tensor spikes = empty_with(layout.sizes, layout.strides, x.scalar_type(), x);
   const Tensor final_potential =
-      return_potential ? Device::new_tensor(layout.sizes_for(1), layout.strides, state, x) : no_output(state, x);
-  const Tensor states = Device::new_tensor(layout.sizes_for(saved), layout.strides, state, x);
+      return_potential ? empty_with(layout.sizes_for(1), layout.strides, state, x) : no_output(state, x);
+  const Tensor states = empty_with(layout.sizes_for(saved), layout.strides, state, x);
 
   if (layout.neurons > 0) {
     visit_scalar(x.scalar_type(), [&](auto type) {
@@ -202,9 +202,9 @@ std::tuple<Tensor, Tensor> lif_backward(const Tensor& grad_spikes, const std::op
     kept = matching("states", known, layout.sizes_for(saved), state, layout.strides, x);
   }
 
-  const Tensor grad_x = Device::new_tensor(layout.sizes, layout.strides, x.scalar_type(), x);
+  const Tensor grad_x = empty_with(layout.sizes, layout.strides, x.scalar_type(), x);
   const Tensor grad_initial =
-      return_grad_initial ? Device::new_tensor(layout.sizes_for(1), layout.strides, state, x) : no_output(state, x);
+      return_grad_initial ? empty_with(layout.sizes_for(1), layout.strides, state, x) : no_output(state, x);
 
   if (layout.neurons > 0) {
     visit_scalar(x.scalar_type(), [&](auto type) {
@@ -303,10 +303,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neunorm_lif_forward(const Tensor& x, 
   std::optional<Tensor> both;
   if (decays) both = matching("decays", *decays, {2}, state, {1}, x);
 
-  const Tensor normalised = Device::new_tensor(shape.sizes, strides, type, x);
-  const Tensor sums = Device::new_tensor(of_maps, contiguous_strides(of_maps), state, x);
-  const Tensor maps = Device::new_tensor(of_maps, contiguous_strides(of_maps), state, x);
-  const Tensor states = Device::new_tensor(of_states, shape.strides_for(of_states, 2), state, x);
+  const Tensor normalised = empty_with(shape.sizes, strides, type, x);
+  const Tensor sums = empty_with(of_maps, contiguous_strides(of_maps), state, x);
+  const Tensor maps = empty_with(of_maps, contiguous_strides(of_maps), state, x);
+  const Tensor states = empty_with(of_states, shape.strides_for(of_states, 2), state, x);
   if (!shape.empty()) {
     visit_scalar(type, [&](auto number) {
       using Scalar = decltype(number);
@@ -364,11 +364,11 @@ std::tuple<Tensor, Tensor, Tensor> neunorm_lif_backward(const Tensor& grad_norma
   partial.insert(partial.begin(), groups);
   const std::vector<int64_t> of_partial = shape.strides_for(partial, shape.own.size());
   const bool carries = Device::kCarriesInMemory && shape.steps > Device::kNeuNormChunk;
-  const Tensor grad_x = Device::new_tensor(shape.sizes, strides, type, x);
-  Tensor grad_weights = Device::new_tensor(partial, of_partial, state, x);
+  const Tensor grad_x = empty_with(shape.sizes, strides, type, x);
+  Tensor grad_weights = empty_with(partial, of_partial, state, x);
   Tensor grad_decays =
-      return_grad_decays ? Device::new_tensor({groups, strips, 2}, {strips * 2, 2, 1}, state, x) : no_output(state, x);
-  const Tensor carried = carries ? Device::new_tensor(partial, of_partial, state, x) : no_output(state, x);
+      return_grad_decays ? empty_with({groups, strips, 2}, {strips * 2, 2, 1}, state, x) : no_output(state, x);
+  const Tensor carried = carries ? empty_with(partial, of_partial, state, x) : no_output(state, x);
   if (!shape.empty()) {
     visit_scalar(type, [&, groups = groups](auto number) {
       using Scalar = decltype(number);

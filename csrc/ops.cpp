@@ -6,7 +6,6 @@
 #include <torch/headeronly/version.h>
 
 #include "build_info.h"
-#include "cpu/memory.h"
 
 STABLE_TORCH_LIBRARY(stbp_cuda, m) {
   // With gradients, rules for vmap and numbers that may change in a compiled graph: stbp_cuda/autograd.py.
@@ -67,18 +66,15 @@ PyObject* build_info(PyObject*, PyObject*) {
   const int cuda_chunk = 0;
   const int cuda_neunorm_chunk = 0;
 #endif
-  return Py_BuildValue("{s:s, s:s, s:s, s:i, s:i, s:i, s:z, s:s, s:i, s:i}", "torch_headers", TORCH_VERSION,
-                       "cxx_compiler", __VERSION__, "cpu_instruction_set", stbp::cpu_instruction_set(), "cpu_chunk",
-                       stbp::cpu_chunk(), "cpu_neunorm_chunk", stbp::cpu_neunorm_chunk(), "cpu_cache_mb",
-                       int(stbp::cpu_cache_limit() >> 20), "cuda_compiler", cuda_compiler, "cuda_architectures",
-                       cuda_architectures, "cuda_chunk", cuda_chunk, "cuda_neunorm_chunk", cuda_neunorm_chunk);
+  return Py_BuildValue("{s:s, s:s, s:s, s:i, s:i, s:z, s:s, s:i, s:i}", "torch_headers", TORCH_VERSION, "cxx_compiler",
+                       __VERSION__, "cpu_instruction_set", stbp::cpu_instruction_set(), "cpu_chunk", stbp::cpu_chunk(),
+                       "cpu_neunorm_chunk", stbp::cpu_neunorm_chunk(), "cuda_compiler", cuda_compiler,
+                       "cuda_architectures", cuda_architectures, "cuda_chunk", cuda_chunk, "cuda_neunorm_chunk",
+                       cuda_neunorm_chunk);
 }
-
-PyObject* empty_cpu_cache(PyObject*, PyObject*) { return PyLong_FromLongLong(stbp::cpu::empty_cache()); }
 
 PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS, "How this extension was built and what it chose on this machine."},
-    {"empty_cpu_cache", empty_cpu_cache, METH_NOARGS, "Give back the memory that is kept for results on the CPU."},
     {nullptr, nullptr, 0, nullptr},
 };
 

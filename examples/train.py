@@ -71,8 +71,8 @@ NOT_NEGATIVE = ("weight_norm", "linear_learning_rate", "weight_decay", "seed", "
 RANGES = {"momentum": (0, 1), "dropout": (0, 1), "norm_decay": (0, 1), "elastic_alpha": (-1e4, 1e4)}
 MOST = {"int": 2**62, "float": 1e30}  # what torch computes with
 SMALLER = "fewer --steps, a smaller --batch-size or --network, or --accumulate need less"
-# Freed memory is neither given back nor mapped anew: its page faults cost a CPU as much as the convolutions.
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+# docs/performance.md, "Memory on a CPU": the page faults of fresh memory cost as much as the convolutions.
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def add_places(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ from . import encoding, functional, init, losses, surrogate
 from .layers import LIFLayer, NeuNorm, NeuNormLIF
 from .modules import Dropout, TimeDistributed, Voting
 from .network import Network, network
-from .ops import VERSION, build_info, empty_cpu_cache
+from .ops import VERSION, build_info
 
 __version__ = VERSION
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "Voting",
     "__version__",
     "build_info",
-    "empty_cpu_cache",
     "encoding",
     "functional",
     "init",

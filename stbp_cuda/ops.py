@@ -29,7 +29,6 @@ __all__ = [
     "VERSION",
     "build_info",
     "chunk",
-    "empty_cpu_cache",
     "fused_backend_problem",
     "neuron_text",
     "state_dtype",
@@ -121,9 +120,8 @@ def build_info() -> dict[str, Any]:
         Versions (``stbp_cuda``, ``python``, ``torch``, ``torch_headers``, ``cxx_compiler``, ``cuda_compiler``: None
         without CUDA kernels); ``cuda_architectures``, as a string such as "7.5 9.0+PTX"; ``cpu_instruction_set``, the
         one chosen on this machine; ``cpu_chunk`` and ``cuda_chunk``, the K of "one state is kept every K steps", and
-        ``cpu_neunorm_chunk`` and ``cuda_neunorm_chunk``, those with normalisation;
-        ``cpu_cache_mb``, the most that :func:`empty_cpu_cache` may find; and ``backends``: for each device here, what a
-        tensor on it would use.
+        ``cpu_neunorm_chunk`` and ``cuda_neunorm_chunk``, those with normalisation; and ``backends``: for each device
+        here, what a tensor on it would use.
     """
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     problems = {str(device): fused_backend_problem(device) for device in devices}
@@ -134,21 +132,6 @@ def build_info() -> dict[str, Any]:
         **_INFO,
         "backends": {device: f"reference ({why})" if why else "fused" for device, why in problems.items()},
     }
-
-
-def empty_cpu_cache() -> int:
-    """Give the memory of freed results on the CPU back to the operating system.
-
-    Results of 256 KB and more (spikes, gradients) are allocated by this package, and their memory is kept when they are
-    freed, for the results of the next training step: the page faults of new memory cost more than the kernels. What is
-    kept never exceeds the environment variable ``STBP_CUDA_CPU_CACHE_MB``, by default an eighth of the machine's
-    memory; 0 turns it off. A block that 1,000 further results could not use is given back by itself. Needs torch >=
-    2.11; with an older torch all memory is torch's own.
-
-    Returns:
-        The bytes that were given back.
-    """
-    return _C.empty_cpu_cache()
 
 
 def _is_dense_and_time_major(x: Tensor, steps: int) -> bool:

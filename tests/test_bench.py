@@ -17,6 +17,7 @@ from typing import Any
 
 import compare
 import harness
+import malloc
 import matplotlib.image
 import pytest
 import report
@@ -157,11 +158,13 @@ def test_speed(tmp_path: Path) -> None:
         for part in ("fwd", "fwd+bwd")
     ]
     assert [(p["dtype"], p["steps"], p["neurons"], p["pass"]) for p in written["points"]] == grid
+    assert written["machine"]["malloc"].items() >= malloc.KEEP.items()
     names = set(written["rivals"])
     assert names == set(INSTALLED)
     assert written["unavailable"].keys() == rivals.RIVALS.keys() - names
     for point in written["points"]:
         times, left_out = point["times"], point["left_out"]
+        assert all(seen["faults"] >= 0 for seen in times.values())
         assert left_out.keys() == ({"compile"} if point["steps"] == 17 else set())
         assert times.keys() == names - left_out.keys() | {"clone", "copy_"}
         assert point["ratios"].keys() == names - left_out.keys() - {"ours"}
@@ -178,6 +181,15 @@ def test_speed(tmp_path: Path) -> None:
     assert "it unrolls T" in done.stdout
     for target in written["summary"]["targets"]:
         assert target in done.stdout
+
+
+def test_malloc_as_it_comes_and_no_rivals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*malloc.KEEP, "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
+    few = ("--device", "cpu", "--steps", 4, "--neurons", 1000, "--dtypes", "float32", "--seconds", 0.02, "--rivals")
+    written = result(run("speed.py", *few, "--malloc", "default", "--out", tmp_path), tmp_path, "speed-cpu")
+    assert written["machine"]["malloc"] == {}
+    assert {name for point in written["points"] for name in point["times"]} == {"ours", "clone", "copy_"}
 
 
 def test_memory(tmp_path: Path) -> None:

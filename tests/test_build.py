@@ -53,7 +53,8 @@ def test_build_info() -> None:
 
 
 def test_info_from_the_command_line(tmp_path: Path) -> None:
-    printed = run(sys.executable, "-m", "stbp_cuda.info", cwd=tmp_path)
+    printed = run(sys.executable, "-m", "stbp_cuda.info", cwd=tmp_path, MALLOC_MMAP_MAX_="0")
+    assert re.search(r"^malloc +(\S+ )*MALLOC_MMAP_MAX_=0", printed, re.MULTILINE)
     for name in ("stbp_cuda", "torch", "torch headers", "cpu instruction set", "cuda compiler", "cuda architectures"):
         assert re.search(rf"^{name} +\S", printed, re.MULTILINE)
     assert re.search(r"^backend on cpu +fused$", printed, re.MULTILINE)

@@ -1,4 +1,4 @@
-// The CPU's IMPL block: threads, memory for results, and the choice of instruction set.
+// The CPU's IMPL block: threads, and the choice of instruction set.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,13 +11,6 @@
 #include "../build_info.h"
 #include "../operators.h"
 #include "kernels.h"
-#include "memory.h"
-
-// Since torch 2.11; null beside an older one, whose headers lack it, too.
-extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
-    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
-    int32_t device_type, int32_t device_index, AtenTensorHandle* result, int32_t layout, const uint8_t* opaque_metadata,
-    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
 
 namespace stbp {
 namespace {
@@ -118,25 +111,6 @@ struct Cpu {
     });
   }
 
-  static Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
-                           const Tensor& like) {
-    int64_t count = 1;
-    for (const int64_t size : sizes) count *= size;
-    const size_t bytes = size_t(count) * element_size(type);
-    if (bytes < cpu::kSmallestKept || torch_from_blob == nullptr) return empty_with(sizes, strides, type, like);
-    void* const block = cpu::take_block(bytes);
-    if (block == nullptr) return empty_with(sizes, strides, type, like);
-    AtenTensorHandle handle;
-    const auto code = torch_from_blob(
-        block, int64_t(sizes.size()), sizes.data(), strides.data(), 0, dtype_code(type), aoti_torch_device_type_cpu(),
-        like.get_device_index(), &handle, aoti_torch_layout_strided(), nullptr, 0,
-        [](void* data, void* size) { cpu::give_block(data, reinterpret_cast<size_t>(size)); },
-        reinterpret_cast<void*>(bytes));
-    if (code != AOTI_TORCH_SUCCESS) cpu::give_block(block, bytes);
-    TORCH_ERROR_CODE_CHECK(code);
-    return Tensor(handle);
-  }
-
  private:
   template <class Io, class Range>
   static void run(const Io& io, const Range& range) {
@@ -179,8 +153,6 @@ const char* cpu_instruction_set() {
 int cpu_chunk() { return Cpu::kChunk; }
 
 int cpu_neunorm_chunk() { return Cpu::kNeuNormChunk; }
-
-int64_t cpu_cache_limit() { return torch_from_blob ? cpu::cache_limit() : 0; }
 
 }  // namespace stbp
 

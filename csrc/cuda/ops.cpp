@@ -60,10 +60,6 @@ struct Cuda {
     Tensor result = total;
     torch::stable::sum_out(result, parts, torch::headeronly::IntHeaderOnlyArrayRef(groups));
   }
-  static Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
-                           const Tensor& like) {
-    return empty_with(sizes, strides, type, like);
-  }
 };
 
 }  // namespace
