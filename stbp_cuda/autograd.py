@@ -32,11 +32,12 @@ __all__ = ["FusedLIF", "FusedNeuNormLIF", "TransformableLIF", "TransformableNeuN
 # Inside a Function, an operator would else go through its own autograd kernel, the Function.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _torch_func_is_active = torch._C._are_functorch_transforms_active
+_count_modes = torch._C._len_torch_dispatch_stack
 
 
 def transforms() -> bool:
-    """Whether a transform of torch.func or forward AD is active."""
-    return forward_ad._current_level >= 0 or _torch_func_is_active()
+    """Whether a transform of torch.func, forward AD or a mode that sees each operator is active."""
+    return forward_ad._current_level >= 0 or _torch_func_is_active() or _count_modes() > 0
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:

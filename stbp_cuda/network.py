@@ -197,7 +197,7 @@ def _repeat(current: Tensor, steps: int) -> Tensor:
     node = fx_function(_repeat, current, steps)
     if node is not None:
         return node  # type: ignore[no-any-return]
-    if current.dim() == 4 and current.is_contiguous(memory_format=torch.channels_last):
+    if current.dim() == 4 and current.permute(0, 2, 3, 1).is_contiguous():  # is_contiguous takes no format under vmap
         return encoding.direct(current.permute(0, 2, 3, 1), steps).contiguous().permute(0, 1, 4, 2, 3)
     return encoding.direct(current, steps)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
@@ -215,6 +216,26 @@ def test_second_derivatives_under_torch_func(name: str, device: str) -> None:
         hessian(loss)(x)
 
 
+@pytest.mark.parametrize("steps", [None, 4])
+@pytest.mark.parametrize("neunorm", [False, True])
+def test_whole_networks(steps: int | None, neunorm: bool, device: str) -> None:
+    """With voting; of constant images and of sequences."""
+    torch.manual_seed(0)
+    net = stbp_cuda.network(
+        "8C3-8C3-P2-20-Voting", (1, 8, 8), steps=steps, classes=4, neunorm=neunorm, v_threshold=0.1, decay=0.9
+    ).to(device)
+    x = 6 * torch.rand(3, *(() if steps else (5,)), 2, 1, 8, 8, device=device)
+    parameters = dict(net.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(net, parameters, x).square().sum()
+
+    found = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+    for i, sample in enumerate(x):
+        assert torch.equal(vmap(net)(x)[i], net(sample))
+        same([of[i] for of in found.values()], torch.autograd.grad(loss(parameters, sample), list(parameters.values())))
+
+
 NEURON = functional.check_options().neuron
 
 
@@ -264,6 +285,16 @@ def test_a_bare_operator_under_vmap(name: str, device: str) -> None:
     found = vmap(lambda x: operator(x, *rest)[0])(torch.stack([x, 2 * x]))
     for ours, sample in zip(found, (x, 2 * x), strict=True):
         assert torch.equal(ours, operator(sample, *rest)[0])
+
+
+@pytest.mark.parametrize("name", ["lif", "neunorm_lif"])
+def test_what_make_fx_traces_has_a_gradient(name: str, device: str) -> None:
+    layer, x = make(name, "fused", device), inputs(device=device)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(layer)(x)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    results = [function(leaf) for function, leaf in zip((graph, layer), leaves, strict=True)]
+    assert torch.equal(*results)
+    same(*(torch.autograd.grad(y.square().sum(), leaf) for y, leaf in zip(results, leaves, strict=True)))
 
 
 def test_a_changed_argument_is_named(device: str) -> None:
