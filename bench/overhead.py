@@ -53,7 +53,7 @@ def registered() -> Callable[..., Tensor]:
 
     @torch.library.custom_op("stbp_cuda_bench::lif", mutates_args=())
     def lif(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        spikes, _, states = ops.lif_forward(x, None, steps, NEURON, None, False, True)
+        spikes, _, states = ops.eager_lif_forward(x, None, steps, NEURON, False, True)
         return spikes, states
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -63,7 +63,7 @@ def registered() -> Callable[..., Tensor]:
 
     def backward(ctx: Any, grad_spikes: Tensor, grad_states: None) -> tuple[Tensor, None]:
         x, states = ctx.saved_tensors
-        return ops.lif_backward(grad_spikes, None, x, None, states, ctx.steps, NEURON, None, False)[0], None
+        return ops.eager_lif_backward(grad_spikes, None, x, None, states, ctx.steps, NEURON, False)[0], None
 
     lif.register_autograd(backward, setup_context=setup_context)
     return lambda x, steps: lif(x, steps)[0]
@@ -101,7 +101,7 @@ def contestants(steps: int, neurons: int, device: torch.device) -> dict[str, dic
     plain = x.detach()
     layer = stbp_cuda.LIFLayer(0.5, 0.75, backend="fused")
     checked = functional.check_options(decay=0.5, v_threshold=0.75, backend="fused")
-    states = ops.lif_forward(plain, None, steps, NEURON, None, False, True)[2]
+    states = ops.eager_lif_forward(plain, None, steps, NEURON, False, True)[2]
     way = functools.partial(both_ways, x=x, grad=grad)
     return {
         "forward and backward": {
@@ -120,8 +120,8 @@ def contestants(steps: int, neurons: int, device: torch.device) -> dict[str, dic
             },
         },
         "parts": {
-            "operator, forward": lambda: ops.lif_forward(plain, None, steps, NEURON, None, False, True),
-            "operator, backward": lambda: ops.lif_backward(grad, None, plain, None, states, steps, NEURON, None, False),
+            "operator, forward": lambda: ops.eager_lif_forward(plain, None, steps, NEURON, False, True),
+            "operator, backward": lambda: ops.eager_lif_backward(grad, None, plain, None, states, steps, NEURON, False),
             "autograd.Function, forward": lambda: autograd.FusedLIF.apply(x, None, (steps, NEURON, False)),
             "checks of x, and the Function": lambda: functional.run(x, checked, None, False),
             "LIFLayer, forward": lambda: layer(x),
