@@ -121,6 +121,7 @@ def contestants(steps: int, neurons: int, device: torch.device) -> dict[str, dic
         },
         "parts": {
             "operator, forward": lambda: ops.eager_lif_forward(plain, None, steps, NEURON, False, True),
+            "public operator, forward": lambda: ops.lif_forward(plain, None, steps, NEURON, None, False, True),
             "operator, backward": lambda: ops.eager_lif_backward(grad, None, plain, None, states, steps, NEURON, False),
             "autograd.Function, forward": lambda: autograd.FusedLIF.apply(x, None, (steps, NEURON, False)),
             "checks of x, and the Function": lambda: functional.run(x, checked, None, False),

@@ -8,6 +8,7 @@ change from call to call, and traces it down to them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from .ops import (
     neunorm_lif_forward,
     neuron_text,
 )
+from .reference import refuse_forward_ad
 
 __all__ = ["FusedLIF", "FusedNeuNormLIF", "TransformableLIF", "TransformableNeuNormLIF", "transforms"]
 
@@ -40,23 +42,16 @@ def transforms() -> bool:
     return forward_ad._current_level >= 0 or _torch_func_is_active() or _count_modes() > 0
 
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
+def _saved(ctx: Any, names: str) -> tuple[Any, ...]:
     try:
         return ctx.saved_tensors  # type: ignore[no-any-return]
     except RuntimeError as error:
         if "inplace" not in str(error):
             raise
         raise RuntimeError(
-            "x or initial_potential of a spiking layer was changed in place between its forward and its backward pass, "
-            f"which needs the value: pass a copy, x.clone(), or use `a = a + b` for `a += b`. ({error})"
+            f"{names} of a spiking layer was changed in place between its forward and its backward pass, which needs "
+            f"the value: pass a copy, x.clone(), or use `a = a + b` for `a += b`. ({error})"
         ) from error
-
-
-def _refuse_forward_ad(ctx: Any, *tangents: Any) -> Any:
-    raise RuntimeError(
-        "stbp_cuda has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad), only "
-        "the gradient of the backward pass: use torch.func.vjp, jacrev or grad"
-    )
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
@@ -93,7 +88,7 @@ class FusedLIF(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Returns dL/dx and dL/d(initial potential)."""
-        x, initial_potential, states = _saved(ctx)
+        x, initial_potential, states = _saved(ctx, "x or initial_potential")
         steps, neuron, _ = ctx.call
         wants_initial = initial_potential is not None and ctx.needs_input_grad[1]
         if grad_spikes is None:
@@ -112,7 +107,7 @@ class FusedLIF(torch.autograd.Function):
 class LIFGradient(torch.autograd.Function):
     """The backward pass as a function that has no derivative, which says so."""
 
-    jvp = staticmethod(_refuse_forward_ad)
+    jvp = staticmethod(refuse_forward_ad)
     backward = staticmethod(_refuse_second_derivative)
 
     @staticmethod
@@ -138,7 +133,7 @@ def _saves_states(steps: int) -> bool:
 class TransformableLIF(torch.autograd.Function):
     """:class:`FusedLIF` with the operator's arguments and results, in the pieces that torch.func wants."""
 
-    jvp = staticmethod(_refuse_forward_ad)
+    jvp = staticmethod(refuse_forward_ad)
 
     @staticmethod
     def forward(x: Tensor, initial_potential: Tensor | None, steps: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +153,7 @@ class TransformableLIF(torch.autograd.Function):
     def backward(
         ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None, grad_states: None
     ) -> tuple[Tensor | None, ...]:
-        x, initial_potential, states, numbers = _saved(ctx)
+        x, initial_potential, states, numbers = _saved(ctx, "x or initial_potential")
         wants_initial = initial_potential is not None and ctx.needs_input_grad[1]
         if grad_spikes is None:
             grad_spikes = torch.zeros_like(x)
@@ -192,7 +187,7 @@ class FusedNeuNormLIF(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_normalised: Tensor) -> tuple[Tensor | None, ...]:
         """Returns dL/dx, dL/dweight and dL/ddecays."""
-        saved = _saved(ctx)
+        saved = _saved(ctx, "x, weight or a decay")
         wants_decays = saved[2] is not None and ctx.needs_input_grad[2]
         if torch.is_grad_enabled() or transforms():
             steps, neuron, *norm = ctx.call
@@ -218,7 +213,7 @@ class NeuNormLIFGradient(LIFGradient):
 class TransformableNeuNormLIF(torch.autograd.Function):
     """:class:`FusedNeuNormLIF` with the operator's arguments and results."""
 
-    jvp = staticmethod(_refuse_forward_ad)
+    jvp = staticmethod(refuse_forward_ad)
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, decays: Tensor | None, steps: int, *rest: Any) -> tuple[Tensor, ...]:
@@ -235,7 +230,7 @@ class TransformableNeuNormLIF(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_normalised: Tensor, *grads: Any) -> tuple[Tensor | None, ...]:
-        *saved, numbers = _saved(ctx)
+        *saved, numbers = _saved(ctx, "x, weight or a decay")
         wants_decays = saved[2] is not None and ctx.needs_input_grad[2]
         gradients = NeuNormLIFGradient.apply(
             grad_normalised, *saved, ctx.steps, ctx.neuron, numbers, *ctx.norm, wants_decays
@@ -306,11 +301,7 @@ for _operator, _function, _rule in (
     (neunorm_lif_backward, NeuNormLIFGradient, _one_by_one),
 ):
     _library.impl(_operator, _autograd_kernel(_operator, _function), "Autograd")
-
-    def _mapped(info: Any, in_dims: Any, *args: Any, run: Any = _operator, rule: Callable[..., Any] = _rule) -> Any:
-        return rule(run, info, in_dims, *args)
-
-    torch.library.register_vmap(_operator, _mapped, lib=_library)
+    torch.library.register_vmap(_operator, functools.partial(_rule, _operator), lib=_library)
 
 
 def _neuron_and_numbers(switches: str, *values: Any) -> tuple[str, Tensor | None]:

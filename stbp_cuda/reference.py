@@ -17,6 +17,14 @@ from .surrogate import Surrogate
 __all__ = ["lif", "neunorm"]
 
 
+def refuse_forward_ad(ctx: Any, *tangents: Any) -> Any:
+    """The ``jvp`` of every function of this package."""
+    raise RuntimeError(
+        "stbp_cuda has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad), only "
+        "the gradient of the backward pass: use torch.func.vjp, jacrev or grad"
+    )
+
+
 class _Spike(torch.autograd.Function):
     """The Heaviside step forward, the surrogate's derivative backward."""
 
@@ -37,9 +45,7 @@ class _Spike(torch.autograd.Function):
         (u,) = ctx.saved_tensors
         return grads[0] * ctx.surrogate.derivative(u - ctx.v_threshold), None, None, None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        raise RuntimeError("stbp_cuda has no forward-mode derivative: use torch.func.vjp, jacrev or grad")
+    jvp = staticmethod(refuse_forward_ad)
 
 
 def lif(

@@ -304,6 +304,12 @@ def test_a_changed_argument_is_named(device: str) -> None:
     total += spikes.sum(0).detach()
     with pytest.raises(RuntimeError, match="initial_potential of a spiking layer was changed in place"):
         spikes.sum().backward()
+    layer = make("neunorm_lif", "fused", device)
+    normalised = layer(inputs(device=device))
+    with torch.no_grad():
+        layer.weight += 1
+    with pytest.raises(RuntimeError, match="x, weight or a decay of a spiking layer was changed in place"):
+        normalised.sum().backward()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
