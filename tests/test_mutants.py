@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 TESTS = Path(__file__).parent
+CHECK = Path("tests/cuda_stand_in/check.cpp")
 FLAGS = "-std=c++17 -O0 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-unknown-pragmas -pthread"
 # name: the flags; those for mutants, which leave out what none of them needs and takes long.
 BUILDS = {
@@ -20,200 +22,223 @@ BUILDS = {
     "thread": ("-fsanitize=thread -DSTBP_THREADS",) * 2,
 }
 
+
+class Mutant(NamedTuple):
+    build: str  # the one that must fail
+    said: str  # one of these, with | between them, must be in its output
+    file: str  # in csrc/
+    there: str  # an expression, wherever it stands in the file; between « and » if only where the rest is around it
+    instead: str  # another expression of this type
+
+
 KERNELS, NEUNORM, PLAN, NEURON = "cuda/kernels.cuh", "cuda/neunorm.cuh", "cuda/plan.h", "neuron.h"
-FIRST_NEURON = "const int64_t first = (int64_t(blockIdx.x) * plan.threads + threadIdx.x) * kWidth;"
-# name: the build that must fail, what its output must say, the file in csrc/, what stands there, what instead.
-MUTANTS: dict[str, tuple[str, str, str, str, str]] = {
-    "the other neuron of a pair": ("address", "spikes", KERNELS, "i % 2 ? pairs", "i % 2 == 0 ? pairs"),
-    "a spike in its neighbour's place": ("address", "spikes|dL/dx", KERNELS, "values[2 * i + 1])", "values[2 * i])"),
-    "the rows of another thread": (
+FIRST_NEURON = "(int64_t(blockIdx.x) * plan.threads + threadIdx.x) * kWidth"
+GRADIENTS = "load_rows<1>(gradient, load, «io.grad_spikes + at»,"
+VALUES_BARRIER = "= values[k][p]; });\n        «__syncthreads()»;"
+NOTHING = "void()"  # in place of a call
+MUTANTS = {
+    "the other neuron of a pair": Mutant("address", "spikes", KERNELS, "«i % 2» ? pairs", "i % 2 == 0"),
+    "a spike in its neighbour's place": Mutant(
+        "address", "spikes|dL/dx", KERNELS, "values[2 * i + 1]", "values[2 * i]"
+    ),
+    "the rows of another thread": Mutant(
         *("address", "spikes", KERNELS, FIRST_NEURON),
-        "const int64_t first = (int64_t(blockIdx.x) * plan.threads + threadIdx.x / 2 * 2) * kWidth;",
+        "(int64_t(blockIdx.x) * plan.threads + threadIdx.x / 2 * 2) * kWidth",
     ),
-    "threads beyond the last neuron": (
-        *("address", "heap-buffer-overflow", KERNELS, "if (first >= io.neurons) return;"),
-        "if (first > io.neurons + kWidth) return;",
+    "threads beyond the last neuron": Mutant(
+        *("address", "heap-buffer-overflow", KERNELS, "first >= io.neurons"),
+        "first > io.neurons + kWidth",
     ),
-    "a step too many": ("address", "heap-buffer-overflow", KERNELS, "|| k < count) rows", "|| k <= count) rows"),
-    "rows taken for granted": ("address", "heap-buffer-overflow", KERNELS, "1 : kRows / 2 + 1;", "1 : kRows;"),
-    "too few rows": ("address", "spikes", PLAN, "steps <= 4 ? 4", "steps <= 5 ? 4"),
-    "a row left out": (
-        *("address", "spikes", KERNELS, "if (k >= kFewest && k >= steps) break;"),
-        "if (k >= kFewest && k + 1 >= steps) break;",
+    "a step too many": Mutant("address", "heap-buffer-overflow", KERNELS, "|| «k < count») rows", "k <= count"),
+    "rows taken for granted": Mutant("address", "heap-buffer-overflow", KERNELS, "«k < kFewest» ||", "kFewest > 1"),
+    "too few rows": Mutant("address", "spikes", PLAN, "«steps <= 4» ? 4", "steps <= 5"),
+    "a row left out": Mutant(
+        *("address", "spikes", KERNELS, "k >= kFewest && k >= steps"),
+        "k >= kFewest && k + 1 >= steps",
     ),
-    "the common neuron for another": (
-        *("address", "dL/dx", NEURON, "options.v_reset == 0 && "),
-        "",
+    "the common neuron for another": Mutant("address", "dL/dx", NEURON, "options.v_reset == 0", "true"),
+    "a step of the tail left out": Mutant("address", "spikes", KERNELS, "k >= left", "k + 1 >= left"),
+    "gradients of another half": Mutant("address", "dL/dx", KERNELS, GRADIENTS, "io.grad_spikes + first"),
+    "a state too early": Mutant(
+        *("address", "dL/dx", KERNELS, "start % kChunk == kChunk - kAtOnce"),
+        "start % kChunk == 0",
     ),
-    "a step of the tail left out": ("address", "spikes", KERNELS, "if (k >= left) break;", "if (k + 1 >= left) break;"),
-    "gradients of another half": (
-        *("address", "dL/dx", KERNELS, "load_rows<1>(gradient, load, io.grad_spikes + at,"),
-        "load_rows<1>(gradient, load, io.grad_spikes + first,",
+    "no state where one is wanted": Mutant(
+        *("address", "dL/dx", KERNELS, "«io.steps - start > kAtOnce») {"),
+        "io.steps - start > kChunk",
     ),
-    "a state too early": ("address", "dL/dx", KERNELS, "start % kChunk == kChunk - kAtOnce", "start % kChunk == 0"),
-    "no state where one is wanted": (
-        *("address", "dL/dx", KERNELS, "io.steps - start > kAtOnce) {"),
-        "io.steps - start > kChunk) {",
-    ),
-    "a state of the wrong chunk": (
+    "a state of the wrong chunk": Mutant(
         *("address", "dL/dx|heap-buffer-overflow", KERNELS, "(chunk - 1) * io.neurons"),
         "chunk * io.neurons",
     ),
-    "gradients read once more": (
-        *("address", "more or less read", KERNELS, "      load_rows<1>(gradient"),
-        "      load(io.grad_spikes + at);\n      load_rows<1>(gradient",
+    "gradients read once more": Mutant(
+        *("address", "more or less read", KERNELS, GRADIENTS),
+        "(load(io.grad_spikes + at), io.grad_spikes + at)",
     ),
-    "the later half's currents twice": ("address", "dL/dx", KERNELS, "rows[k] = earlier[k];", "rows[k] = rows[k];"),
-    "the later half's state twice": ("address", "dL/dx", KERNELS, "v[i] = v_earlier[i];", "v[i] = v[i];"),
-    "packs at any address": ("address", "the width that fits|misaligned", KERNELS, "bytes < 16 ? bytes : 16", "1"),
-    "packs of any number": ("address", "misaligned|overflow", KERNELS, "neurons % width_ != 0", "false"),
-    "an index of 32 bits": (
+    "the later half's currents twice": Mutant("address", "dL/dx", KERNELS, "rows[k] = «earlier[k]»", "rows[k]"),
+    "the later half's state twice": Mutant("address", "dL/dx", KERNELS, "v[i] = «v_earlier[i]»", "v[i]"),
+    "packs at any address": Mutant(
+        *("address", "the width that fits|misaligned", KERNELS, "bytes < 16 ? bytes : 16"),
+        "1",
+    ),
+    "packs of any number": Mutant("address", "misaligned|overflow", KERNELS, "neurons % width_ != 0", "false"),
+    "an index of 32 bits": Mutant(
         *("address", "SEGV|overflow|many neurons", KERNELS, FIRST_NEURON),
-        "const int first = int((blockIdx.x * unsigned(plan.threads) + threadIdx.x) * unsigned(kWidth));",
+        "int((blockIdx.x * unsigned(plan.threads) + threadIdx.x) * unsigned(kWidth))",
     ),
-    "a block too few": (
-        "address",
-        "many neurons",
-        PLAN,
-        "(threads + plan.threads - 1) / plan.threads",
+    "a block too few": Mutant(
+        *("address", "many neurons", PLAN, "(threads + plan.threads - 1) / plan.threads"),
         "threads / plan.threads",
     ),
-    "values added up too early": (
-        *("thread", "data race", NEUNORM, "= values[k][p]; });\n        __syncthreads();\n"),
-        "= values[k][p]; });\n",
+    "values added up too early": Mutant("thread", "data race", NEUNORM, VALUES_BARRIER, NOTHING),
+    "parts of the sum added up too early": Mutant(
+        *("thread", "data race", NEUNORM, "plan.teams - first_team);\n        «__syncthreads()»;"),
+        NOTHING,
     ),
-    "parts of the sum added up too early": (
-        *("thread", "data race", NEUNORM, "plan.teams - first_team);\n        __syncthreads();\n"),
-        "plan.teams - first_team);\n",
+    "totals added up too early": Mutant(
+        *("thread", "data race", NEUNORM, "= values[p];\n    });\n    «__syncthreads()»;"),
+        NOTHING,
     ),
-    "totals added up too early": (
-        *("thread", "data race", NEUNORM, "= values[p];\n    });\n    __syncthreads();\n"),
-        "= values[p];\n    });\n",
+    "a total over the one before": Mutant(
+        *("thread", "data race", NEUNORM, "    «__syncthreads()»;\n    each<kPositions>"),
+        NOTHING,
     ),
-    "a total over the one before": (
-        *("thread", "data race", NEUNORM, "    __syncthreads();\n    each<kPositions>"),
-        "    each<kPositions>",
+    "a barrier that not all reach": Mutant(
+        *("address", "ended while others waited", NEUNORM, VALUES_BARRIER),
+        "tiles > 0 ? __syncthreads() : void()",
     ),
-    "a barrier that not all reach": (
-        *("address", "ended while others waited", NEUNORM, "= values[k][p]; });\n        __syncthreads();\n"),
-        "= values[k][p]; });\n        if (tiles > 0) __syncthreads();\n",
+    "a shuffle that not all reach": Mutant(
+        *("address", "ended while others waited", NEUNORM, "apart < plan.teams"),
+        "tiles > 0 && apart < plan.teams",
     ),
-    "a shuffle that not all reach": (
-        *("address", "ended while others waited", NEUNORM, "    if constexpr (Tile::kInWarp) {\n"),
-        "    if constexpr (Tile::kInWarp) {\n      if (tiles == 0) return;\n",
+    "a team left out": Mutant("address", "normalised", NEUNORM, "«i < count» ? from", "i < count - 1"),
+    "half of the teams": Mutant("address", "normalised", NEUNORM, "apart < plan.teams", "2 * apart < plan.teams"),
+    "teams of another position": Mutant("address", "normalised", NEUNORM, "apart < plan.teams", "apart <= plan.teams"),
+    "another order of the teams": Mutant(
+        *("address", "bits of another order", NEUNORM, "values[k][0], «apart»)"),
+        "plan.teams / 2 / apart",
     ),
-    "a team left out": ("address", "normalised", NEUNORM, "i < count ? from", "i < count - 1 ? from"),
-    "half of the teams": (
-        "address",
-        "normalised",
-        NEUNORM,
-        "apart < plan.teams; apart",
-        "2 * apart < plan.teams; apart",
+    "features of another team": Mutant(
+        *("address", "overflow|normalised", NEUNORM, "return {0, «team» * plan.pack * at.feature_stride"),
+        "team ^ 1",
     ),
-    "teams of another position": (
-        *("address", "normalised", NEUNORM, "apart < plan.teams; apart"),
-        "apart <= plan.teams; apart",
+    "a feature of the next team": Mutant(
+        *("address", "normalised|heap-buffer-overflow", PLAN, "(plan.teams - 1) * plan.pack + 1"),
+        "(plan.teams - 1) * plan.pack",
     ),
-    "another order of the teams": (
-        *("address", "bits of another order", NEUNORM, "int apart = 1; apart < plan.teams; apart *= 2"),
-        "int apart = plan.teams / 2; apart > 0; apart /= 2",
+    "a pack too many": Mutant(
+        *("address", "heap-buffer-overflow|normalised", NEUNORM, "team < plan.more_packs"),
+        "team <= plan.more_packs",
     ),
-    "features of another team": (
-        *("address", "overflow|normalised", NEUNORM, "return {0, team * plan.pack * at.feature_stride"),
-        "return {0, (team ^ 1) * plan.pack * at.feature_stride",
+    "gradients of another tile": Mutant(
+        *("address", "dL/dx", NEUNORM, "const Part* const slot = slots + «cursor.tile» *"),
+        "0",
     ),
-    "a feature of the next team": (
-        *("address", "normalised|heap-buffer-overflow", PLAN, "(plan.teams - 1) * plan.pack + 1)"),
-        "(plan.teams - 1) * plan.pack)",
+    "slots of another thread": Mutant(
+        *("address", "normalised", NEUNORM, "* of_tile * 32 + «int(threadIdx.x) % 32»"),
+        "int(threadIdx.x) % 16",
     ),
-    "a pack too many": (
-        *("address", "heap-buffer-overflow|normalised", NEUNORM, "(team < plan.more_packs)"),
-        "(team <= plan.more_packs)",
+    "slots of another warp": Mutant(
+        *("thread", "data race", NEUNORM, "«warp * plan.tiles * of_tile * 32» + int(threadIdx.x)"),
+        "0",
     ),
-    "gradients of another tile": (
-        *("address", "dL/dx", NEUNORM, "const Part* const slot = slots + cursor.tile *"),
-        "const Part* const slot = slots + 0 *",
-    ),
-    "slots of another thread": (
-        *("address", "normalised", NEUNORM, "* of_tile * 32 + int(threadIdx.x) % 32"),
-        "* of_tile * 32 + int(threadIdx.x) % 16",
-    ),
-    "slots of another warp": (
-        *("thread", "data race", NEUNORM, "+ warp * plan.tiles * of_tile * 32"),
-        "+ warp * 0",
-    ),
-    "gradients read twice": ("address", "more or less read", NEUNORM, "if (held) {\n", "if (false) {\n"),
-    "a sum begun with another feature's": (
+    "gradients read twice": Mutant("address", "more or less read", NEUNORM, "if («held») {", "false"),
+    "a sum begun with another feature's": Mutant(
         *("address", "dL/dU", NEUNORM, "there && !(last && sample == from)"),
         "there && !last",
     ),
-    "currents of the tile before": ("address", "dL/dx", NEUNORM, "if constexpr (kParts == 1) fetch();\n", ""),
-    "gradients past the shared memory": (
-        *("address", "heap-buffer-overflow", PLAN, "widest, kNeuNormChunk * int(sizeof(Scalar)), device"),
-        "widest, (kNeuNormChunk - 1) * int(sizeof(Scalar)), device",
+    "currents of the tile before": Mutant(
+        "address", "dL/dx", NEUNORM, "if constexpr (kParts == 1) «fetch()»;", NOTHING
     ),
-    "spikes of another tile": ("address", "normalised", NEUNORM, "bits = slots[cursor.tile * 32];", "bits = slots[0];"),
-    "spikes of another neuron of a tile": (
-        *("address", "normalised", NEUNORM, "y[e] = bits >> (8 * e + k) & 1u"),
-        "y[e] = bits >> (8 * (e ^ 1) + k) & 1u",
+    "gradients past the shared memory": Mutant(
+        *("address", "heap-buffer-overflow", PLAN, "widest, «kNeuNormChunk * int(sizeof(Scalar))», device"),
+        "(kNeuNormChunk - 1) * int(sizeof(Scalar))",
     ),
-    "spikes past the shared memory": (
-        *("address", "heap-buffer-overflow", PLAN, "threads = (plan.threads() + 31) / 32 * 32;"),
-        "threads = plan.threads() / 2;",
+    "spikes of another tile": Mutant("address", "normalised", NEUNORM, "bits = slots[«cursor.tile * 32»];", "0"),
+    "spikes of another neuron of a tile": Mutant(
+        *("address", "normalised", NEUNORM, "y[e] = bits >> (8 * «e» + k) & 1u"),
+        "e ^ 1",
     ),
-    "positions beyond the last": (
-        *("address", "heap-buffer-overflow|differs", NEUNORM, "tiles = position() < io.positions ?"),
-        "tiles = position() <= io.positions ?",
+    "spikes past the shared memory": Mutant(
+        *("address", "heap-buffer-overflow", PLAN, "threads = «(plan.threads() + 31) / 32 * 32»;"),
+        "plan.threads() / 2",
     ),
-    "maps of no position": (
-        *("address", "heap-buffer-overflow|differs", NEUNORM, "return team == 0 && tiles > 0;"),
-        "return team == 0;",
+    "positions beyond the last": Mutant(
+        *("address", "heap-buffer-overflow|differs", NEUNORM, "tiles = «position() < io.positions» ?"),
+        "position() <= io.positions",
     ),
-    "a strip beyond the last": (
-        *("address", "heap-buffer-overflow|differs", NEUNORM, "strip >= plan.strips) return;"),
-        "false) return;",
+    "maps of no position": Mutant(
+        *("address", "heap-buffer-overflow|differs", NEUNORM, "return «team == 0 && tiles > 0»;"),
+        "team == 0",
     ),
-    "packs of features at any address": (
-        *("address", "misaligned|overflow|differs", PLAN, "scalar_bytes < 8 && widest >= 4 ? 4 : 1;"),
-        "scalar_bytes < 8 ? 4 : 1;",
+    "a strip beyond the last": Mutant(
+        *("address", "heap-buffer-overflow|differs", NEUNORM, "int64_t(row) * strips + strip >= plan.strips"),
+        "false",
+    ),
+    "packs of features at any address": Mutant(
+        *("address", "misaligned|overflow|differs", PLAN, "scalar_bytes < 8 && widest >= 4"),
+        "scalar_bytes < 8",
     ),
 }
 
 
-def folder_of(root: Path, name: str) -> Path:
-    return root / re.sub(r"\W+", "_", name)
+def with_all_mutants(file: str, text: str) -> str:
+    """A file of csrc/ in which, as in cuda_stand_in/mutant.h, the program chooses the mutant."""
+    alternatives: dict[tuple[int, int], list[str]] = {}  # by the expression's span
+    for number, (name, mutant) in enumerate(MUTANTS.items()):
+        if mutant.file != file:
+            continue
+        there = mutant.there if "«" in mutant.there else f"«{mutant.there}»"
+        before, expression, after = map(re.escape, re.split("[«»]", there))
+        spans = [place.span() for place in re.finditer(f"(?<={before}){expression}(?={after})", text)]
+        assert spans, f"{name}: {file} has no {mutant.there!r}; adapt the mutant to the new source"
+        for span in spans:
+            alternatives.setdefault(span, []).append(f"mutant({number}) ? ({mutant.instead}) : ")
+    pieces, end = [], 0
+    for (begin, stop), choices in sorted(alternatives.items()):
+        assert end <= begin, f"{file}: {text[begin:stop]!r} of one mutant overlaps another's; adapt one"
+        pieces += [text[end:begin], f"({''.join(choices)}({text[begin:stop]}))"]
+        end = stop
+    return "".join([*pieces, text[end:]])
 
 
-# Compiles a program and runs it, which must not end the others: what it says is kept, and how it ends.
-RULE = """rule check
-  command = g++ $flags $in -o $out && { ( $fixed timeout 300 $out ) >$out.said 2>&1; echo $$? >$out.status; }
+# The second runs a program, which must not end the others: what it says is kept, and how it ends.
+RULES = """rule compile
+  command = g++ $flags $in -o $out
+rule run
+  command = ( STBP_MUTANT=$number $fixed timeout 300 $in $arguments ) >$out.said 2>&1; echo $$? >$out
 """
+NO_MUTANT = -1
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what came of the programs of each mutant by name, and of the kernels as they are in "right"."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what came of the kernels as they are, in right/, and of all mutants by their numbers, in mutants/:
+    how the program of a build ended, and what it said."""
     if shutil.which("g++") is None or platform.system() != "Linux":
         pytest.skip("no g++ on Linux")
     root = tmp_path_factory.mktemp("mutants")
+    shutil.copytree(TESTS.parent / "csrc", root / "csrc")
+    shutil.copytree(TESTS / "cuda_stand_in", root / "tests" / "cuda_stand_in")
+    for file in {mutant.file for mutant in MUTANTS.values()}:
+        source = root / "csrc" / file
+        source.write_text(with_all_mutants(file, source.read_text()))
     # ThreadSanitizer wants addresses that a system which lays them out at random may have given away.
     fixed = "setarch -R" if subprocess.run(["setarch", "-R", "true"], check=False).returncode == 0 else ""
-    lines = [f"fixed = {fixed} env TSAN_OPTIONS=halt_on_error=1", RULE]
-    for name in ("right", *MUTANTS):
-        folder = folder_of(root, name)
-        shutil.copytree(TESTS.parent / "csrc", folder / "csrc")
-        shutil.copytree(TESTS / "cuda_stand_in", folder / "tests" / "cuda_stand_in")
-        flags = {build: of_the_right for build, (of_the_right, _) in BUILDS.items()}
-        if name != "right":
-            build, _, file, there, instead = MUTANTS[name]
-            flags = {build: BUILDS[build][1] + (" -DSTBP_NEUNORM_ALONE" if file == NEUNORM else "")}
-            source = folder / "csrc" / file
-            text = source.read_text()
-            assert there in text, f"{name}: {file} has no {there!r}; adapt the mutant to the new source"
-            source.write_text(text.replace(there, instead))
-        for build, own in flags.items():
-            lines.append(f"build {folder / build}: check {folder / 'tests' / 'cuda_stand_in' / 'check.cpp'}")
-            lines.append(f"  flags = {FLAGS} {own}")
+    lines = [f"fixed = {fixed} env TSAN_OPTIONS=halt_on_error=1", RULES]
+
+    def run(kind: str, build: str, number: int, arguments: str = "") -> None:
+        lines.append(f"build {kind}/{build}.{number}: run {kind}/{build}")
+        lines.append(f"  number = {number}\n  arguments = {arguments}")
+
+    for build, (flags, of_mutants) in BUILDS.items():
+        lines.append(f"build right/{build}: compile {TESTS.parent / CHECK}\n  flags = {FLAGS} {flags}")
+        lines.append(f"build mutants/{build}: compile {root / CHECK}")
+        lines.append(f"  flags = {FLAGS} {of_mutants} -include {root / CHECK.parent / 'mutant.h'}")
+        run("right", build, NO_MUTANT)
+        run("mutants", build, NO_MUTANT)
+    for number, mutant in enumerate(MUTANTS.values()):
+        run("mutants", mutant.build, number, "neunorm" if mutant.file == NEUNORM else "")
     (root / "build.ninja").write_text("\n".join(lines) + "\n")
     done = subprocess.run(
         [sys.executable, "-m", "ninja", "-C", root, "-k", "0"], capture_output=True, text=True, check=False
@@ -222,21 +247,23 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def outcome(program: Path) -> tuple[int, str]:
-    """Its exit status, and what it has said."""
-    return int(Path(f"{program}.status").read_text()), Path(f"{program}.said").read_text()
+def outcome(run: Path) -> tuple[int, str]:
+    """The program's exit status, and what it has said."""
+    return int(run.read_text()), Path(f"{run}.said").read_text()
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_the_kernels_pass(build: str, programs: Path) -> None:
-    status, said = outcome(programs / "right" / build)
+@pytest.mark.parametrize("kind", ["right", "mutants"])
+def test_the_kernels_pass(kind: str, build: str, runs: Path) -> None:
+    """As they are, and with mutants of which none is chosen: so what fails with one fails for it."""
+    status, said = outcome(runs / kind / f"{build}.{NO_MUTANT}")
     assert status == 0, said
     assert "all the same" in said
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutants_are_caught(name: str, programs: Path) -> None:
-    build, error, *_ = MUTANTS[name]
-    status, said = outcome(folder_of(programs, name) / build)
+def test_mutants_are_caught(name: str, runs: Path) -> None:
+    mutant = MUTANTS[name]
+    status, said = outcome(runs / "mutants" / f"{mutant.build}.{list(MUTANTS).index(name)}")
     assert status != 0
-    assert any(word in said for word in error.split("|")), said
+    assert any(word in said for word in mutant.said.split("|")), said
