@@ -5,6 +5,11 @@ import signal
 
 import hypothesis
 import pytest
+
+# Before torch starts threads, here and in processes that tests start: those that wait must not spin, at the cost of
+# other tests at the same time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # No test depends on how fast the machine is: without a deadline, and without the check that data are drawn fast enough.
@@ -17,14 +22,26 @@ hypothesis.settings.load_profile(os.environ.get("STBP_CUDA_HYPOTHESIS", "default
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 
 
-def pytest_configure() -> None:
+# pytest-xdist gives all tests of these files to one process, as they share what a fixture of theirs compiles, and each
+# other test to whichever process is free.
+COMPILE_ONCE = ("test_compiled", "test_cuda_stand_in", "test_mutants")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "dist", None) == "load":  # what -n alone means
+        config.option.dist = "loadgroup"
     # A shell lets what it starts in the background ignore SIGINT, and processes that tests start and interrupt inherit
     # that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.path.stem in COMPILE_ONCE:
+                item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
@@ -33,9 +50,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def hasty_compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The C++ compiler without its optimisations, where only that it compiles counts."""
+    """The C++ compiler without its optimisations, nor what the kernels would have inlined without them, which takes it
+    the most time then. For tests of what is compiled, but not of how fast that is."""
     script = tmp_path_factory.mktemp("compiler") / "c++"
-    script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -O0\n')
+    script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -O0 -Dalways_inline=unused\n')
     script.chmod(0o755)
     return str(script)
 
@@ -43,3 +61,9 @@ def hasty_compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session", params=["cpu", CUDA])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are saved undrawn: to draw those of a report takes ten times as long as the small networks of tests."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file: file.write(b"undrawn"))

@@ -92,6 +92,7 @@ def test_the_main_job(tmp_path: Path) -> None:
     assert spikes == pytest.approx(last["rates"]["lif1"] * dense[1], rel=1e-5)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_every_backend_gives_the_same_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def curve(backend: str, seed: int) -> list[tuple[float, ...]]:
         metrics = train_here(monkeypatch, tmp_path, "--network", "64-64-10", "--backend", backend, "--seed", str(seed))
@@ -255,6 +256,7 @@ def test_synaptic_operations() -> None:
             assert operations.counts[name] == [float(module(x).sum()), float(module(torch.ones_like(x)).sum())]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs that differ in the seed share a row, with their mean; every experiment has a row."""
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")

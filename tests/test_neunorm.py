@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_lif import both_detach, every_dtype, every_reset, every_surrogate
+from test_lif import every_dtype, every_reset, every_surrogate
 from torch import Tensor, nn
 
 import stbp_cuda
@@ -149,13 +149,12 @@ def assert_agree(ours: Results, theirs: Results, tensors: tuple[Tensor, Tensor, 
 
 @every_surrogate
 @every_reset
-@both_detach
 @every_dtype
-@given(case=cases)
-@example(case=LARGE)
-@example(case=dataclasses.replace(LARGE, order="channels_last"))
+@given(case=cases, detach_reset=st.booleans())
+@example(case=LARGE, detach_reset=False)
+@example(case=dataclasses.replace(LARGE, order="channels_last"), detach_reset=True)
 def test_agrees_with_the_reference(
-    case: Case, surrogate: str, reset: str, detach_reset: bool, dtype: torch.dtype, device: str
+    case: Case, detach_reset: bool, surrogate: str, reset: str, dtype: torch.dtype, device: str
 ) -> None:
     options = {"surrogate": surrogate, "reset": reset, "detach_reset": detach_reset}
     tensors = random_tensors(case, dtype, device)
@@ -227,8 +226,7 @@ def test_another_order_is_made_contiguous(device: str) -> None:
 @every_surrogate
 @every_reset
 @every_order
-@pytest.mark.parametrize("scaling", functional.SCALINGS)
-@pytest.mark.parametrize("steps", [1, CHUNK + 2])
+@pytest.mark.parametrize(("scaling", "steps"), [("1/F^2", 1), ("1/F", CHUNK + 2)])
 def test_gradcheck(surrogate: str, reset: str, order: str, scaling: str, steps: int, device: str) -> None:
     """The fused float64 kernels with the smooth spike: gradients by the current, U and both decays."""
     generator = torch.Generator().manual_seed(7)

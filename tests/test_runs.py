@@ -26,7 +26,7 @@ TINY = ["--network=64-16-10", "--train-samples=60", "--test-samples=40", "--epoc
 
 @pytest.fixture
 def start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_pictures: None
 ) -> Callable[..., tuple[Any, str]]:
     """Runs train.py in this process; its exit code, and what it has written to stderr beside its progress bar."""
     monkeypatch.chdir(tmp_path)
@@ -215,7 +215,7 @@ def test_a_pipe_that_is_closed_after_a_line(tmp_path: Path) -> None:
     assert "Broken" not in error
 
 
-@pytest.mark.parametrize("arguments", [["train.py", "--list"], ["train.py", "--help"], ["evaluate.py", "--help"]])
+@pytest.mark.parametrize("arguments", [["train.py", "--list"], ["evaluate.py", "--help"]])
 def test_a_pipe_that_nobody_reads(arguments: list[str], tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
