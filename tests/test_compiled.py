@@ -7,10 +7,9 @@ from pathlib import Path
 import compiled
 import pytest
 import torch
-from compiled import SCALARS, Kernel
+from compiled import MULTIPROCESSORS, SCALARS, Kernel
 
-# "90" stands for "80" and "100", too: they hold as many threads and blocks, though "80" has less shared memory.
-COMPILED = [("float32", "75"), ("float32", "90"), ("float32", "120"), ("bfloat16", "90"), ("float16", "75")]
+COMPILED = [*(("float32", architecture) for architecture in MULTIPROCESSORS), ("bfloat16", "90"), ("float16", "75")]
 Kernels = dict[tuple[str, str], list[Kernel]]
 
 
