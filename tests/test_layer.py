@@ -356,8 +356,8 @@ FOR_FX: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = 
 }
 
 
-# torch 2.10 cannot pickle the graph of a module whose forward has strings as annotations (`from __future__ import`).
-PICKLES_GRAPHS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
+# Before 2.14 torch cannot pickle the graph of a module whose forward has strings as annotations.
+PICKLES_GRAPHS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 14)
 
 
 @pytest.mark.parametrize("name", FOR_FX)
