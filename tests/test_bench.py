@@ -173,7 +173,7 @@ def test_speed(tmp_path: Path) -> None:
 
 
 def test_malloc_as_it_comes_and_no_rivals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without whom the grid may be larger."""
+    """Without the rivals, which take most of the time, the grid is larger."""
     for name in (*malloc.KEEP, "LD_PRELOAD"):
         monkeypatch.delenv(name, raising=False)
     small = ("--device", "cpu", "--dtypes", "float32", "bfloat16", "--steps", 1, 17, "--neurons", 1000, 40000)

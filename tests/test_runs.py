@@ -215,7 +215,7 @@ def test_a_pipe_that_is_closed_after_a_line(tmp_path: Path) -> None:
     assert "Broken" not in error
 
 
-@pytest.mark.parametrize("arguments", [["train.py", "--list"], ["evaluate.py", "--help"]])
+@pytest.mark.parametrize("arguments", [["train.py", "--list"], ["train.py", "--help"], ["evaluate.py", "--help"]])
 def test_a_pipe_that_nobody_reads(arguments: list[str], tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
