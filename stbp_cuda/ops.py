@@ -1,6 +1,6 @@
 """The compiled operators, and the shapes of their outputs for ``torch.compile`` and ``torch.export``.
 
-``torch.ops.stbp_cuda.lif_forward``, ``lif_backward`` and their like with normalisation are defined in ``csrc/ops.cpp``,
+``torch.ops.stbp_cuda.lif_forward``, ``lif_backward`` and their like with normalisation are defined in ``csrc/torch/schema.cpp``,
 with one implementation per device. Their gradients are in ``autograd.py``.
 """
 
@@ -39,7 +39,7 @@ lif_forward = torch.ops.stbp_cuda.lif_forward.default
 lif_backward = torch.ops.stbp_cuda.lif_backward.default
 neunorm_lif_forward = torch.ops.stbp_cuda.neunorm_lif_forward.default
 neunorm_lif_backward = torch.ops.stbp_cuda.neunorm_lif_backward.default
-# The same, without what costs time: csrc/ops.cpp.
+# The same, without what costs time: csrc/torch/schema.cpp.
 eager_lif_forward = torch.ops.stbp_cuda._lif_forward.default
 eager_lif_backward = torch.ops.stbp_cuda._lif_backward.default
 eager_neunorm_lif_forward = torch.ops.stbp_cuda._neunorm_lif_forward.default

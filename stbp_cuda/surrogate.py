@@ -7,7 +7,7 @@ The spike is ``o = H(s)`` with ``s = potential - v_threshold``. Each surrogate h
 * ``derivative(s)``, of unit area, which takes the place of ``dH/ds`` in the backward pass;
 * ``antiderivative(s)``, rising from 0 to 1: the smooth spike that gradients are checked with.
 
-``csrc/surrogate.h`` holds the same formulas for the fused kernels.
+``csrc/neurons/surrogate.h`` holds the same formulas for the fused kernels.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Mutant(NamedTuple):
     instead: str  # another expression of this type
 
 
-KERNELS, NEUNORM, PLAN, NEURON = "cuda/kernels.cuh", "cuda/neunorm.cuh", "cuda/plan.h", "neuron.h"
+KERNELS, NEUNORM, PLAN, NEURON = "cuda/neuron.cuh", "cuda/neunorm.cuh", "cuda/plan.h", "neurons/lif.h"
 FIRST_NEURON = "(int64_t(blockIdx.x) * plan.threads + threadIdx.x) * kWidth"
 GRADIENTS = "load_rows<1>(gradient, load, «io.grad_spikes + at»,"
 VALUES_BARRIER = "= values[k][p]; });\n        «__syncthreads()»;"

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <fstream>
 
-#include "../lif.h"
+#include "../core/io.h"
 
 namespace stbp::cpu {
 

@@ -2,8 +2,8 @@
 
 #include <type_traits>
 
-#include "../dispatch.h"
-#include "../neunorm.h"
+#include "../core/neunorm.h"
+#include "../neurons/registry.h"
 #include "kernels.h"
 #include "scan.h"
 #include "vector.h"

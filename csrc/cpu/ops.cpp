@@ -8,8 +8,8 @@
 #include <string>
 #include <utility>
 
-#include "../build_info.h"
-#include "../operators.h"
+#include "../torch/build_info.h"
+#include "../torch/neuron_op.h"
 #include "kernels.h"
 
 namespace stbp {

@@ -13,8 +13,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../lif.h"
-#include "../number.h"
+#include "../core/io.h"
+#include "../core/number.h"
 
 #define STBP_STEP_LOOP _Pragma("GCC unroll 8")
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../number.h"
+#include "../core/number.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

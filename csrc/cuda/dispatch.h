@@ -5,8 +5,8 @@
 
 #include <type_traits>
 
-#include "../dispatch.h"
-#include "kernels.cuh"
+#include "../neurons/registry.h"
+#include "neuron.cuh"
 
 namespace stbp::cuda {
 

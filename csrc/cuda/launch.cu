@@ -6,7 +6,7 @@
 #include <string>
 #include <type_traits>
 
-#include "../build_info.h"
+#include "../torch/build_info.h"
 #include "dispatch.h"
 #include "launch.h"
 #include "neunorm.cuh"

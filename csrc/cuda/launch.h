@@ -1,7 +1,7 @@
 // Starts the CUDA kernels on a device's stream; knows no torch.
 #pragma once
 
-#include "../lif.h"
+#include "../core/io.h"
 
 namespace stbp::cuda {
 

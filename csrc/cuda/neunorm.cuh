@@ -1,4 +1,4 @@
-// The CUDA kernels of neurons with normalisation. As kernels.cuh, without torch or a header of CUDA's own.
+// The CUDA kernels of neurons with normalisation. As neuron.cuh, without torch or a header of CUDA's own.
 //
 // A position's features are shared out to a team of threads each, and the teams' sums are added up as a tree, in the
 // same order in both memory orders: so both give the same bits. A chunk of kNeuNormChunk steps is gone through twice,
@@ -8,9 +8,9 @@
 
 #include <type_traits>
 
-#include "../neunorm.h"
-#include "../neuron.h"
-#include "kernels.cuh"
+#include "../core/neunorm.h"
+#include "../neurons/lif.h"
+#include "neuron.cuh"
 
 namespace stbp::cuda {
 

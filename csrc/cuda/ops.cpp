@@ -5,7 +5,7 @@
 
 #include <utility>
 
-#include "../operators.h"
+#include "../torch/neuron_op.h"
 #include "launch.h"
 #include "plan.h"
 

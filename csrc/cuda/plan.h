@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-#include "../lif.h"
-#include "../neunorm.h"
-#include "../number.h"
+#include "../core/io.h"
+#include "../core/neunorm.h"
+#include "../core/number.h"
 #include "launch.h"
 
 namespace stbp::cuda {

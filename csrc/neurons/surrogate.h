@@ -6,7 +6,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "number.h"
+#include "../core/number.h"
 
 namespace stbp {
 

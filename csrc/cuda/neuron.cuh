@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../lif.h"
-#include "../number.h"
+#include "../core/io.h"
+#include "../core/number.h"
 #include "launch.h"
 #include "plan.h"
 

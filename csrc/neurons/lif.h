@@ -13,8 +13,8 @@
 
 #include <cmath>
 
-#include "lif.h"
-#include "number.h"
+#include "../core/io.h"
+#include "../core/number.h"
 
 namespace stbp {
 

@@ -17,9 +17,9 @@
 #include <tuple>
 #include <unordered_map>
 
+#include "../core/io.h"
+#include "../neurons/surrogate.h"
 #include "checks.h"
-#include "lif.h"
-#include "surrogate.h"
 
 namespace stbp {
 

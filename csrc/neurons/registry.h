@@ -1,8 +1,8 @@
 // Run-time options to template arguments.
 #pragma once
 
+#include "../core/io.h"
 #include "lif.h"
-#include "neuron.h"
 #include "surrogate.h"
 
 namespace stbp {
