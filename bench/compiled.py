@@ -41,12 +41,16 @@ PARAMETERS = {
     "lif_backward": ("width",),
     "lif_forward_rows": ("rows", "width"),
     "lif_backward_rows": ("rows", "width"),
+    "general_forward": ("width",),
+    "general_backward": ("width",),
+    "general_gradients": (),
     "neunorm_forward": ("positions", "features"),
     "neunorm_backward": ("positions", "features"),
 }
 COUNTED = "90"  # the architecture whose instructions are counted
-# Rows that the kernels for any T load at once.
+# Rows that the plain kernels for any T, and the general ones, load at once.
 AT_ONCE = int(re.findall(r"kAtOnce = (\d+)", (ROOT / "csrc" / "cuda" / "launch.h").read_text())[0])
+GENERAL_AT_ONCE = int(re.findall(r"kGeneralAtOnce = (\d+)", (ROOT / "csrc" / "cuda" / "plan.h").read_text())[0])
 
 WARP, REGISTERS = 32, 65536  # threads of a warp; registers of a multiprocessor, on every architecture of the table
 # Threads, blocks and KB of shared memory of a multiprocessor, from the table of compute capabilities in CUDA's
@@ -96,7 +100,8 @@ class Kernel:
     def under_way(self) -> int:
         """Bytes of rows that the warps of a multiprocessor ask for at once: of x, and backward also of a gradient, or
         of x of a whole chunk."""
-        rows = self.parameters.get("rows", AT_ONCE) * (1 if "forward" in self.name else 2)
+        at_once = GENERAL_AT_ONCE if self.name.startswith("general") else AT_ONCE
+        rows = self.parameters.get("rows", at_once) * (1 if "forward" in self.name else 2)
         return self.warps * WARP * rows * self.parameters["width"] * SCALARS[self.scalar][1]
 
 

@@ -95,11 +95,12 @@ void point(const stbp::cpu::Kernels<Scalar>& kernels, int64_t steps, int64_t neu
   const int64_t count = steps * neurons, saved = (steps - 1) / stbp::cpu::kChunk;
   const auto x = buffer<Scalar>(count, 0), grad = buffer<Scalar>(count, 12345), result = buffer<Scalar>(count, 0);
   const auto states = buffer<State>(std::max<int64_t>(1, saved * neurons), 0);
-  const stbp::LifOptions options{0.5, 0.75, 0, false, false, false, false, false, 0, 1.0};  // a rectangular surrogate
-  const stbp::LifForward<Scalar> io{
-      steps, neurons, x.get(), nullptr, result.get(), nullptr, saved ? states.get() : nullptr};
-  const stbp::LifBackward<Scalar> back{steps,      neurons, x.get(),      nullptr, saved ? states.get() : nullptr,
-                                       grad.get(), nullptr, result.get(), nullptr};
+  stbp::LifOptions options;  // a hard reset and a rectangular surrogate
+  options.decay = 0.5;
+  const stbp::Layout layout{1, steps, neurons};
+  const State* const known = saved ? states.get() : nullptr;
+  const stbp::NeuronForward<Scalar> io{layout, x.get(), nullptr, result.get(), nullptr, saved ? states.get() : nullptr};
+  const stbp::NeuronBackward<Scalar> back{layout, x.get(), nullptr, known, grad.get(), nullptr, result.get(), nullptr};
   std::printf("%lld %lld", static_cast<long long>(steps), static_cast<long long>(neurons));
   measure({[&] {
              share(count, [&](int64_t first, int64_t last) {

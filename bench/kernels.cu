@@ -191,10 +191,10 @@ void visit_lif(const LifOptions& options, const LifPlan& plan, const F& f) {
 #endif
 #ifdef SURROGATE
   using Chosen = SURROGATE<float>;
-  const Chosen surrogate(options.width);
+  const Chosen surrogate(options.surrogate);
 #else
-  using Chosen = AnySurrogate<float, Surrogates>;
-  const Chosen surrogate(options.surrogate, options.width);
+  using Chosen = AnyPlainSurrogateOf<float>;
+  const Chosen surrogate(options.surrogate);
 #endif
   using Forward = Lif<float, EitherReset, Heaviside, NoSurrogate>;
   using Backward = Lif<float, RESET, Heaviside, Chosen>;
@@ -224,11 +224,85 @@ void visit_lif(const LifOptions& options, const LifPlan& plan, const F& f) {
 }
 
 template <class Scalar>
+NeuronForward<Scalar> forward_of(const Layout& layout, const Scalar* x, Scalar* output, float* states) {
+  NeuronForward<Scalar> io{};
+  io.layout = layout;
+  io.x = x, io.output = output, io.states = states;
+  return io;
+}
+
+template <class Scalar>
+NeuronBackward<Scalar> backward_of(const Layout& layout, const Scalar* x, const float* states,
+                                   const Scalar* grad_output, Scalar* grad_x) {
+  NeuronBackward<Scalar> io{};
+  io.layout = layout;
+  io.x = x, io.states = states, io.grad_output = grad_output, io.grad_x = grad_x;
+  return io;
+}
+
+// The general kernels, at T = 4 and a batch of 64, with a decay and an affine current of each channel, which are
+// learned going back.
+template <class Scalar>
+void bench_general(Bench& bench) {
+  constexpr int64_t kSteps = 4, kBatch = 64, kParameters = 5;
+  const int64_t shapes[][2] = {{64, 64 * 64}, {256, 32 * 32}, {512, 16 * 16}};  // C, P
+  const NeuronOptions options = LifOptions();
+  std::printf("\n%s with parameters, T 4, batch 64, %% of a copy\n", kName<Scalar>);
+  for (const auto& shape : shapes) {
+    const int64_t features = shape[0], positions = shape[1], neurons = kBatch * features * positions;
+    const Layout layout{1, kSteps, neurons};
+    const double row_bytes = double(kSteps * neurons) * sizeof(Scalar);
+    const Array<Scalar> x(kSteps * neurons, 1), gradient(kSteps * neurons, 2), output(kSteps * neurons),
+        grad_x(kSteps * neurons);
+    const Array<float> parameters(kParameters * features, 3), grad_parameters(kParameters * features);
+    const NeuronForward<Scalar> forward = forward_of<Scalar>(layout, x, output, nullptr);
+    const NeuronBackward<Scalar> backward = backward_of<Scalar>(layout, x, nullptr, gradient, grad_x);
+    for (const bool channels_last : {false, true}) {
+      Extras<float> extras{};
+      extras.parameters = parameters;
+      extras.rows = 1;
+      extras.group = channels_last ? 1 : positions;
+      extras.count = features;
+      extras.affine = true;
+      const auto run = [&](const char* name, double bytes, const auto& launch) {
+        const std::string what = text("kernel", name) + ", " + text("dtype", kName<Scalar>) + ", " +
+                                 text("features", features) + ", " + text("positions", positions) + ", " +
+                                 text("order", channels_last ? "channels_last" : "contiguous");
+        std::printf("  %s %5.1f", name, bench.point(what, bytes, launch));
+      };
+      std::printf("%5d x %5d %-14s", int(features), int(positions), channels_last ? "channels_last" : "contiguous");
+      const auto plan_of_call = [&](const auto& io) {
+        return plan_general<Scalar>(layout, extras, options, widest_pack(io, extras), bench.properties);
+      };
+      const GeneralPlan there = plan_of_call(forward);
+      visit_general_kernel<Scalar>(options, there, [&](auto width, const auto& neuron) {
+        run("general_forward", 2 * row_bytes,
+            [&] { general_forward<width><<<unsigned(there.blocks), there.threads>>>(forward, extras, there, neuron); });
+      });
+      for (const bool learned : {false, true}) {
+        extras.grad_parameters = learned ? static_cast<float*>(grad_parameters) : nullptr;
+        const Array<double> partial(general_partial<Scalar>(layout, extras, options));
+        extras.partial = partial;
+        const GeneralPlan back = plan_of_call(backward);
+        visit_general_kernel<Scalar>(options, back, [&](auto width, const auto& neuron) {
+          run(learned ? "general_learned" : "general_backward", 3 * row_bytes, [&] {
+            general_backward<width>
+                <<<unsigned(back.blocks), back.threads, size_t(back.shared_bytes)>>>(backward, extras, back, neuron);
+            if (learned) general_gradients<<<unsigned(back.entry_blocks), kMostThreads>>>(extras, back);
+          });
+        });
+      }
+      std::printf("\n");
+    }
+  }
+}
+
+template <class Scalar>
 void bench_lif(Bench& bench) {
   const int64_t all = bench.bytes / int64_t(sizeof(Scalar));
   const Array<Scalar> x(all, 1), gradient(all, 2), spikes(all), grad_x(all);
   const Array<float> kept(all / kChunk);
-  const auto surrogates = names(Surrogates{});
+  const auto surrogates = names(PlainSurrogates{});
   std::printf("\n%s, %% of a copy   forward   backward:", kName<Scalar>);
   for (const char* name : surrogates) std::printf(" %12s", name);
   std::printf("   soft reset\n");
@@ -239,16 +313,21 @@ void bench_lif(Bench& bench) {
     const int64_t neurons = all / steps / 64 * 64, saved = (steps - 1) / kChunk;
     const double state_bytes = double(saved * neurons) * sizeof(float),
                  row_bytes = double(steps * neurons) * sizeof(Scalar);
+    const Layout layout{1, steps, neurons};
     float* const states = saved ? static_cast<float*>(kept) : nullptr;
-    const LifForward<Scalar> forward{steps, neurons, x, nullptr, spikes, nullptr, states};
-    const LifBackward<Scalar> backward{steps, neurons, x, nullptr, states, gradient, nullptr, grad_x, nullptr};
+    const NeuronForward<Scalar> forward = forward_of<Scalar>(layout, x, spikes, states);
+    const NeuronBackward<Scalar> backward = backward_of<Scalar>(layout, x, states, gradient, grad_x);
     const auto what = [&](const char* kernel, const LifPlan& plan, const char* surrogate, const char* reset) {
       return text("kernel", kernel) + ", " + text("dtype", kName<Scalar>) + ", " + text("steps", steps) + ", " +
              text("surrogate", surrogate) + ", " + text("reset", reset) + ", " + text("rows", plan.rows) + ", " +
              text("width", plan.width);
     };
     const auto options = [](int surrogate, bool soft) {
-      return LifOptions{0.5, 0.75, 0.0, soft, false, false, false, false, surrogate, 1.0};
+      LifOptions options;
+      options.decay = 0.5;
+      options.soft_reset = soft;
+      options.surrogate.place = surrogate;
+      return options;
     };
     const LifPlan there = plan_of(steps, neurons, sizeof(Scalar), false, bench.properties);
     const LifPlan back = plan_of(steps, neurons, sizeof(Scalar), true, bench.properties);
@@ -277,7 +356,7 @@ template <class Scalar>
 void bench_neunorm(Bench& bench) {
   constexpr int64_t kSteps = 8, kBatch = 64;
   const int64_t shapes[][2] = {{128, 32 * 32}, {256, 32 * 32}, {512, 16 * 16}, {1024, 8 * 8}};  // C, P
-  const LifOptions options{0.25, 0.75, 0.0, false, false, false, false, false, 0, 1.0};
+  const LifOptions options;
   std::printf("\n%s with normalisation, T 8, batch 64, %% of a copy\n", kName<Scalar>);
   for (const auto& shape : shapes) {
     const int64_t features = shape[0], positions = shape[1];
@@ -302,7 +381,7 @@ void bench_neunorm(Bench& bench) {
       const auto run = [&](const char* name, const auto& io, double bytes, auto compiled) {
         const NeuNormSplit split = split_neunorm(features, positions, sizeof(Scalar));
         const NeuNormPlan plan = plan_neunorm(split, io, widest_pack(io), bench.properties);
-        visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
+        visit_either_lif<Scalar>(PlainSurrogates(), options, [&](const auto& neuron) {
           visit_neunorm_tile<Scalar>(plan, [&](auto tile) {
             const auto kernel = compiled(tile, neuron);
             CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes));
@@ -333,6 +412,7 @@ struct ScalarList {};
 template <class... Scalar>
 void bench_all(Bench& bench, ScalarList<Scalar...>) {
   (bench_lif<Scalar>(bench), ...);
+  (bench_general<Scalar>(bench), ...);
   (bench_neunorm<Scalar>(bench), ...);
 }
 

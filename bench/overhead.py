@@ -23,7 +23,8 @@ from rivals import RIVALS, random_input
 from torch import Tensor
 
 import stbp_cuda
-from stbp_cuda import autograd, functional, ops
+from stbp_cuda import autograd, engine, functional, ops
+from stbp_cuda.neurons import LIF
 
 BASE, MOST = "x * 2 as an autograd.Function", 1.5  # the layer may take so many times as long
 LEFT_OUT = ("ours", "compile")  # of the rivals: the layer has its own line, and a compiled function runs no Python
@@ -44,8 +45,8 @@ class Times2(torch.autograd.Function):
 class Decorated(torch.autograd.Function):
     """The layer's function with the customary decorator."""
 
-    forward = autograd.FusedLIF.forward
-    backward = staticmethod(torch.autograd.function.once_differentiable(autograd.FusedLIF.backward))
+    forward = autograd.FusedNeuron.forward
+    backward = staticmethod(torch.autograd.function.once_differentiable(autograd.FusedNeuron.backward))
 
 
 def registered() -> Callable[..., Tensor]:
@@ -53,7 +54,7 @@ def registered() -> Callable[..., Tensor]:
 
     @torch.library.custom_op("stbp_cuda_bench::lif", mutates_args=())
     def lif(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        spikes, _, states = ops.eager_lif_forward(x, None, steps, NEURON, False, True)
+        spikes, _, states = ops.eager_neuron_forward(x, None, steps, 0, NEURON, False, True)
         return spikes, states
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -63,24 +64,13 @@ def registered() -> Callable[..., Tensor]:
 
     def backward(ctx: Any, grad_spikes: Tensor, grad_states: None) -> tuple[Tensor, None]:
         x, states = ctx.saved_tensors
-        return ops.eager_lif_backward(grad_spikes, None, x, None, states, ctx.steps, NEURON, False)[0], None
+        return ops.eager_neuron_backward(grad_spikes, None, x, None, states, ctx.steps, 0, NEURON, False)[0], None
 
     lif.register_autograd(backward, setup_context=setup_context)
     return lambda x, steps: lif(x, steps)[0]
 
 
-NEURON = functional.check_options(
-    decay=0.5,
-    v_threshold=0.75,
-    surrogate="rectangular",
-    reset="hard",
-    v_reset=0.0,
-    detach_reset=False,
-    spatial_only=False,
-    strict_threshold=False,
-    steps=None,
-    backend="fused",
-).neuron
+NEURON = LIF(decay=0.5).text()
 
 
 def both_ways(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> None:
@@ -100,8 +90,8 @@ def contestants(steps: int, neurons: int, device: torch.device) -> dict[str, dic
     x, grad = random_input(steps, neurons, torch.float32, device)
     plain = x.detach()
     layer = stbp_cuda.LIFLayer(0.5, 0.75, backend="fused")
-    checked = functional.check_options(decay=0.5, v_threshold=0.75, backend="fused")
-    states = ops.eager_lif_forward(plain, None, steps, NEURON, False, True)[2]
+    call = engine.check_call(LIF(decay=0.5), None, 0, "fused")
+    states = ops.eager_neuron_forward(plain, None, steps, 0, NEURON, False, True)[2]
     way = functools.partial(both_ways, x=x, grad=grad)
     return {
         "forward and backward": {
@@ -109,9 +99,9 @@ def contestants(steps: int, neurons: int, device: torch.device) -> dict[str, dic
             BASE: lambda: way(Times2.apply),
             "LIFLayer": lambda: way(layer),
             "its autograd.Function": lambda: way(
-                lambda x: autograd.FusedLIF.apply(x, None, (steps, NEURON, False)),
+                lambda x: autograd.FusedNeuron.apply(x, None, (steps, 0, NEURON, False)),
             ),
-            "with once_differentiable": lambda: way(lambda x: Decorated.apply(x, None, (steps, NEURON, False))),
+            "with once_differentiable": lambda: way(lambda x: Decorated.apply(x, None, (steps, 0, NEURON, False))),
             "with register_autograd": functools.partial(way, functools.partial(registered(), steps=steps)),
             **{
                 rival.label: functools.partial(way, rival.layer(device))
@@ -120,11 +110,15 @@ def contestants(steps: int, neurons: int, device: torch.device) -> dict[str, dic
             },
         },
         "parts": {
-            "operator, forward": lambda: ops.eager_lif_forward(plain, None, steps, NEURON, False, True),
-            "public operator, forward": lambda: ops.lif_forward(plain, None, steps, NEURON, None, False, True),
-            "operator, backward": lambda: ops.eager_lif_backward(grad, None, plain, None, states, steps, NEURON, False),
-            "autograd.Function, forward": lambda: autograd.FusedLIF.apply(x, None, (steps, NEURON, False)),
-            "checks of x, and the Function": lambda: functional.run(x, checked, None, False),
+            "operator, forward": lambda: ops.eager_neuron_forward(plain, None, steps, 0, NEURON, False, True),
+            "public operator, forward": lambda: ops.neuron_forward(
+                plain, None, None, None, steps, 0, False, NEURON, None, 0, True, False, True
+            ),
+            "operator, backward": lambda: ops.eager_neuron_backward(
+                grad, None, plain, None, states, steps, 0, NEURON, False
+            ),
+            "autograd.Function, forward": lambda: autograd.FusedNeuron.apply(x, None, (steps, 0, NEURON, False)),
+            "checks of x, and the Function": lambda: engine.run(x, call),
             "LIFLayer, forward": lambda: layer(x),
             "functional.lif, forward": lambda: functional.lif(x, backend="fused"),
             "LIFLayer, forward, no_grad": lambda: layer(plain),

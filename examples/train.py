@@ -58,7 +58,7 @@ from trainer import (
 )
 
 import stbp_cuda
-from stbp_cuda.functional import BACKENDS
+from stbp_cuda.engine import BACKENDS
 from stbp_cuda.surrogate import SURROGATES
 
 KINDS = {"int": int, "float": float, "str": str}

@@ -1,7 +1,7 @@
 """Fused kernels for spiking neural networks trained with spatio-temporal backpropagation (STBP)."""
 
 from . import encoding, functional, init, losses, surrogate
-from .layers import LIFLayer, NeuNorm, NeuNormLIF
+from .layers import LIFLayer, NeuNorm, NeuNormLIF, PLIFLayer
 from .modules import Dropout, TimeDistributed, Voting
 from .network import Network, network
 from .ops import VERSION, build_info
@@ -13,6 +13,7 @@ __all__ = [
     "Network",
     "NeuNorm",
     "NeuNormLIF",
+    "PLIFLayer",
     "TimeDistributed",
     "Voting",
     "__version__",

@@ -1,35 +1,34 @@
 """The gradients of the operators, and what the transforms of torch beside autograd make of them.
 
-The stable ABI has no autograd. An eager call takes the shortest way: :class:`FusedLIF`, over operators without any
-registration. ``torch.func`` takes only functions that come in more pieces, each of which costs time: TransformableLIF.
-These are also the gradients of the public operators. A compiler sees ``torch.ops.stbp_cuda.lif``, whose numbers may
-change from call to call, and traces it down to them.
+The stable ABI has no autograd. An eager call of a plain neuron takes the shortest way: :class:`FusedNeuron`, over
+operators without any registration. ``torch.func`` takes only functions that come in more pieces, each of which costs
+time: TransformableNeuron, which is also for all other calls, and the gradient of the public operators. A compiler sees
+``torch.ops.stbp_cuda.neuron``, whose numbers may change from call to call, and traces it down to them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .neurons import refuse_forward_ad
 from .ops import (
-    eager_lif_backward,
-    eager_lif_forward,
     eager_neunorm_lif_backward,
     eager_neunorm_lif_forward,
-    lif_backward,
-    lif_forward,
+    eager_neuron_backward,
+    eager_neuron_forward,
     neunorm_lif_backward,
     neunorm_lif_forward,
-    neuron_text,
+    neuron_backward,
+    neuron_forward,
 )
-from .reference import refuse_forward_ad
 
-__all__ = ["FusedLIF", "FusedNeuNormLIF", "TransformableLIF", "TransformableNeuNormLIF", "transforms"]
+__all__ = ["FusedNeuNormLIF", "FusedNeuron", "TransformableNeuNormLIF", "TransformableNeuron", "transforms"]
 
 # Inside a Function, an operator would else go through its own autograd kernel, the Function.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -61,59 +60,59 @@ def _refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
     )
 
 
-class FusedLIF(torch.autograd.Function):
-    """The fused forward and backward passes as one differentiable function.
+class FusedNeuron(torch.autograd.Function):
+    """The fused forward and backward passes of a plain neuron as one differentiable function.
 
     Each argument and each result costs a microsecond on the way there and back, so that there are as few as can be.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, initial_potential: Tensor | None, call: tuple[int, str, bool]
+        ctx: Any, x: Tensor, initial: Tensor | None, call: tuple[int, int, str, bool]
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Args: those of the operator; ``call`` is (steps, neuron, return_potential).
+        """Args: those of the operator; ``call`` is (steps, time_dim, neuron, return_final).
 
-        Returns the spikes, and the final potential if asked for.
+        Returns the output, and the final state if asked for.
         """
-        steps, neuron, return_potential = call
-        spikes: Tensor
-        spikes, final_potential, states = eager_lif_forward(x, initial_potential, steps, neuron, return_potential, True)
-        ctx.save_for_backward(x, initial_potential, states)
+        output: Tensor
+        output, final_state, states = eager_neuron_forward(x, initial, *call, True)
+        ctx.save_for_backward(x, initial, states)
         ctx.call = call
-        if not return_potential:
-            return spikes
+        if not call[3]:
+            return output
         ctx.set_materialize_grads(False)
-        return spikes, final_potential
+        return output, final_state
 
     @staticmethod
-    def backward(ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Returns dL/dx and dL/d(initial potential)."""
-        x, initial_potential, states = _saved(ctx, "x or initial_potential")
-        steps, neuron, _ = ctx.call
-        wants_initial = initial_potential is not None and ctx.needs_input_grad[1]
-        if grad_spikes is None:
-            grad_spikes = torch.zeros_like(x)
+    def backward(ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """Returns dL/dx and dL/d(initial state)."""
+        x, initial, states = _saved(ctx, "x or initial_potential")
+        steps, time_dim, neuron, _ = ctx.call
+        wants_initial = initial is not None and ctx.needs_input_grad[1]
+        if grad_output is None:
+            grad_output = torch.zeros_like(x)
         if torch.is_grad_enabled() or transforms():  # create_graph=True, or many gradients by vmap
-            grad_x, grad_initial = LIFGradient.apply(
-                grad_spikes, grad_final, x, initial_potential, states, steps, neuron, None, wants_initial
+            call = (steps, time_dim, False, neuron, None, 0, wants_initial, False)
+            grad_x, grad_initial, _ = NeuronGradient.apply(
+                grad_output, grad_final, None, x, initial, None, None, states, *call
             )
         else:
-            grad_x, grad_initial = eager_lif_backward(
-                grad_spikes, grad_final, x, initial_potential, states, steps, neuron, wants_initial
+            grad_x, grad_initial = eager_neuron_backward(
+                grad_output, grad_final, x, initial, states, steps, time_dim, neuron, wants_initial
             )
         return grad_x, grad_initial if wants_initial else None, None
 
 
-class LIFGradient(torch.autograd.Function):
+class NeuronGradient(torch.autograd.Function):
     """The backward pass as a function that has no derivative, which says so."""
 
     jvp = staticmethod(refuse_forward_ad)
     backward = staticmethod(_refuse_second_derivative)
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         with _below_autograd():
-            return lif_backward(*args)  # type: ignore[no-any-return]
+            return neuron_backward(*args)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -121,7 +120,7 @@ class LIFGradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _map_lif_backward(LIFGradient.apply, info, in_dims, *args)
+        return _map_neuron_backward(NeuronGradient.apply, info, in_dims, *args)
 
 
 def _saves_states(steps: int) -> bool:
@@ -130,43 +129,51 @@ def _saves_states(steps: int) -> bool:
     return not isinstance(steps, torch.SymInt)
 
 
-class TransformableLIF(torch.autograd.Function):
-    """:class:`FusedLIF` with the operator's arguments and results, in the pieces that torch.func wants."""
+class TransformableNeuron(torch.autograd.Function):
+    """The operator's arguments and results, in the pieces that torch.func wants."""
 
     jvp = staticmethod(refuse_forward_ad)
 
     @staticmethod
-    def forward(x: Tensor, initial_potential: Tensor | None, steps: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        x: Tensor,
+        initial: Tensor | None,
+        parameters: Tensor | None,
+        lengths: Tensor | None,
+        steps: int,
+        *rest: Any,
+    ) -> tuple[Tensor, ...]:
         *call, _ = rest
         with _below_autograd():
-            return lif_forward(x, initial_potential, steps, *call, _saves_states(steps))  # type: ignore[no-any-return]
+            return neuron_forward(x, initial, parameters, lengths, steps, *call, _saves_states(steps))  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, initial_potential, ctx.steps, ctx.neuron, numbers, ctx.return_potential, _ = inputs
-        states = output[2]
-        ctx.mark_non_differentiable(states)
+        x, initial, parameters, lengths, *ctx.call, numbers, ctx.potentials, return_output, return_final, _ = inputs
+        ctx.returns = (return_output, return_final, ctx.potentials != 0)
+        ctx.mark_non_differentiable(output[3])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, initial_potential, states, numbers)
+        ctx.save_for_backward(x, initial, parameters, lengths, output[3], numbers)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None, grad_states: None
-    ) -> tuple[Tensor | None, ...]:
-        x, initial_potential, states, numbers = _saved(ctx, "x or initial_potential")
-        wants_initial = initial_potential is not None and ctx.needs_input_grad[1]
-        if grad_spikes is None:
-            grad_spikes = torch.zeros_like(x)
-        if not ctx.return_potential:
-            grad_final = None
-        grad_x, grad_initial = LIFGradient.apply(
-            grad_spikes, grad_final, x, initial_potential, states, ctx.steps, ctx.neuron, numbers, wants_initial
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *saved, numbers = _saved(ctx, "x, initial_potential or a parameter")
+        asked = (grad if returned else None for grad, returned in zip(grads, ctx.returns, strict=False))
+        wants_initial = saved[1] is not None and ctx.needs_input_grad[1]
+        wants_parameters = saved[2] is not None and ctx.needs_input_grad[2]
+        grad_x, grad_initial, grad_parameters = NeuronGradient.apply(
+            *asked, *saved, *ctx.call, numbers, ctx.potentials, wants_initial, wants_parameters
         )
-        return grad_x, grad_initial if wants_initial else None, None, None, None, None, None
+        return (
+            grad_x,
+            grad_initial if wants_initial else None,
+            grad_parameters if wants_parameters else None,
+            *[None] * 10,
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _map_lif_forward(TransformableLIF.apply, info, in_dims, *args)
+        return _map_neuron_forward(TransformableNeuron.apply, info, in_dims, *args)
 
 
 class FusedNeuNormLIF(torch.autograd.Function):
@@ -197,11 +204,11 @@ class FusedNeuNormLIF(torch.autograd.Function):
         return *gradients[:2], gradients[2] if wants_decays else None, None
 
 
-class NeuNormLIFGradient(LIFGradient):
-    """The backward pass with normalisation, as :class:`LIFGradient`."""
+class NeuNormLIFGradient(NeuronGradient):
+    """The backward pass with normalisation, as :class:`NeuronGradient`."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         with _below_autograd():
             return neunorm_lif_backward(*args)  # type: ignore[no-any-return]
 
@@ -242,28 +249,65 @@ class TransformableNeuNormLIF(torch.autograd.Function):
         return _one_by_one(TransformableNeuNormLIF.apply, info, in_dims, *args)
 
 
-def _beside_batch(info: Any, tensors: tuple[Any, ...], dims: tuple[Any, ...]) -> list[Any]:
-    """Tensors, or None, with the dimension of vmap in second place, behind that of time."""
-    placed: list[Any] = []
-    for tensor, dim in zip(tensors, dims, strict=True):
-        if tensor is not None:
-            tensor = tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
-            tensor = tensor.movedim(0, 1)
-        placed.append(tensor)
-    return placed
+class _InBatch:
+    """The dimension of vmap as a part of the batch, as neurons are independent of one another."""
+
+    def __init__(self, info: Any, time_dim: int, constant: bool, apart: bool) -> None:
+        self.size, self.batch, self.constant = info.batch_size, 1 - time_dim, constant
+        # Else it is a dimension of its own, as time and batch may be one.
+        self.merged = apart or time_dim == 1
+
+    def put(self, tensor: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
+        if tensor is None:
+            return None
+        tensor = tensor.movedim(dim, 0) if dim is not None else tensor.expand(self.size, *tensor.shape)
+        tensor = tensor.movedim(0, batch)
+        return tensor.flatten(batch, batch + 1) if self.merged else tensor
+
+    def take(self, tensor: Tensor, batch: int) -> tuple[Tensor, int | None]:
+        """A result, and where the dimension is; nowhere in one that was not asked for."""
+        if tensor.dim() == 1 and tensor.numel() == 0:
+            return tensor, None
+        if self.merged:
+            tensor = torch.unflatten(tensor, batch, (self.size, tensor.size(batch) // self.size))
+        return tensor, batch
 
 
-def _map_lif_forward(run: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    """Neurons are independent, so that a mapped dimension is one more of the batch."""
-    outputs = run(*_beside_batch(info, args[:2], in_dims[:2]), *args[2:])
-    return_potential = args[5]
-    return outputs, (1, 1 if return_potential else None, 1)
+def _map_neuron_forward(run: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    x, initial, parameters, lengths, steps, time_dim, constant, *rest = args
+    if in_dims[2] is not None:
+        return _one_by_one(run, info, in_dims, *args)
+    place = _InBatch(info, time_dim, constant, parameters is not None or lengths is not None)
+    outputs = run(
+        place.put(x, in_dims[0], 0 if constant else place.batch),
+        place.put(initial, in_dims[1], place.batch),
+        parameters,
+        place.put(lengths, in_dims[3], 0),
+        steps,
+        time_dim,
+        constant,
+        *rest,
+    )
+    return tuple(zip(*(place.take(output, place.batch) for output in outputs), strict=True))
 
 
-def _map_lif_backward(run: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    outputs = run(*_beside_batch(info, args[:5], in_dims[:5]), *args[5:])
-    return_grad_initial = args[-1]
-    return outputs, (1, 1 if return_grad_initial else None)
+def _map_neuron_backward(run: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    *grads, x, initial, parameters, lengths, states, _steps, time_dim, constant = args[:11]
+    if in_dims[5] is not None or args[-1]:
+        return _one_by_one(run, info, in_dims, *args)
+    place = _InBatch(info, time_dim, constant, parameters is not None or lengths is not None)
+    batch = place.batch
+    grad_x, grad_initial, none = run(
+        *(place.put(grad, dim, batch) for grad, dim in zip(grads, in_dims, strict=False)),
+        place.put(x, in_dims[3], 0 if constant else batch),
+        place.put(initial, in_dims[4], batch),
+        parameters,
+        place.put(lengths, in_dims[6], 0),
+        place.put(states, in_dims[7], batch),
+        *args[8:],
+    )
+    found = (place.take(grad_x, 0 if constant else batch), place.take(grad_initial, batch), (none, None))
+    return tuple(zip(*found, strict=True))
 
 
 def _one_by_one(run: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -295,8 +339,8 @@ def _autograd_kernel(operator: Any, function: type[torch.autograd.Function]) -> 
 
 _library: Any = torch.library.Library("stbp_cuda", "IMPL")  # type: ignore[no-untyped-call]
 for _operator, _function, _rule in (
-    (lif_forward, TransformableLIF, _map_lif_forward),
-    (lif_backward, LIFGradient, _map_lif_backward),
+    (neuron_forward, TransformableNeuron, _map_neuron_forward),
+    (neuron_backward, NeuronGradient, _map_neuron_backward),
     (neunorm_lif_forward, TransformableNeuNormLIF, _one_by_one),
     (neunorm_lif_backward, NeuNormLIFGradient, _one_by_one),
 ):
@@ -304,30 +348,37 @@ for _operator, _function, _rule in (
     torch.library.register_vmap(_operator, functools.partial(_rule, _operator), lib=_library)
 
 
-def _neuron_and_numbers(switches: str, *values: Any) -> tuple[str, Tensor | None]:
-    """The operators' arguments ``neuron`` and ``numbers``. In a graph that holds for all values of a number, numbers
-    are a tensor: an operator's argument of type float or str would fix them."""
-    if not any(isinstance(value, torch.SymFloat | torch.SymInt) for value in values):
-        return neuron_text(switches, *values[:4]), None
-    one = torch.ones((), dtype=torch.float64, device="cpu")  # only as a factor of a tensor is a number not fixed
-    return neuron_text(switches, 1.0, 1.0, 0.0, 1.0), torch.stack([one * value for value in values])
+def _neuron_and_numbers(kind: str, values: Sequence[Any]) -> tuple[str, Tensor | None]:
+    """The operators' arguments ``neuron`` and ``numbers``, from the two that :meth:`Neuron.split` gives. In a graph
+    that holds for all values of a number, numbers are a tensor: an operator's argument of type float or str would fix
+    them."""
+    if any(isinstance(value, torch.SymFloat | torch.SymInt) for value in values):
+        one = torch.ones((), dtype=torch.float64, device="cpu")  # only as a factor of a tensor is a number not fixed
+        return kind, torch.stack([one * value for value in values])
+    numbers = iter(values)
+    words = (f"{word[:-3]}{float(next(numbers))!r}" if word.endswith("=1.0") else word for word in kind.split(" "))
+    return " ".join(words), None
 
 
-def _traced_lif(
+def _traced_neuron(
     x: Tensor,
-    initial_potential: Tensor | None,
+    initial: Tensor | None,
+    parameters: Tensor | None,
+    lengths: Tensor | None,
     steps: int,
-    decay: float,
-    v_threshold: float,
-    v_reset: float,
-    width: float,
-    switches: str,
-    return_potential: bool,
+    time_dim: int,
+    constant: bool,
+    numbers: Sequence[Any],
+    kind: str,
+    potentials: int,
+    return_output: bool,
+    return_final: bool,
     version: str,
-) -> tuple[Tensor, Tensor]:
-    neuron, numbers = _neuron_and_numbers(switches, decay, v_threshold, v_reset, width)
-    spikes, potential, _ = lif_forward(x, initial_potential, steps, neuron, numbers, return_potential, False)
-    return spikes, potential
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = (*_neuron_and_numbers(kind, numbers), potentials, return_output, return_final, False)
+    outputs: tuple[Tensor, Tensor, Tensor]
+    outputs = neuron_forward(x, initial, parameters, lengths, steps, time_dim, constant, *call)[:3]
+    return outputs
 
 
 def _traced_neunorm_lif(
@@ -335,20 +386,17 @@ def _traced_neunorm_lif(
     weight: Tensor,
     decays: Tensor | None,
     steps: int,
-    decay: float,
-    v_threshold: float,
-    v_reset: float,
-    width: float,
+    numbers: Sequence[Any],
     norm_decay: float,
     squared: bool,
-    switches: str,
+    kind: str,
     version: str,
 ) -> Tensor:
-    neuron, numbers = _neuron_and_numbers(switches, decay, v_threshold, v_reset, width, norm_decay)
-    fixed = 0.0 if numbers is not None else float(norm_decay)
-    normalised: Tensor = neunorm_lif_forward(x, weight, decays, steps, neuron, numbers, fixed, squared, False)[0]
+    neuron, changing = _neuron_and_numbers(kind, [*numbers, norm_decay])
+    fixed = 0.0 if changing is not None else float(norm_decay)
+    normalised: Tensor = neunorm_lif_forward(x, weight, decays, steps, neuron, changing, fixed, squared, False)[0]
     return normalised
 
 
-_library.impl("lif", _traced_lif, "CompositeImplicitAutograd")
+_library.impl("neuron", _traced_neuron, "CompositeImplicitAutograd")
 _library.impl("neunorm_lif", _traced_neunorm_lif, "CompositeImplicitAutograd")

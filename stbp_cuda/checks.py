@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
+_NUMPY = (np.generic, np.ndarray)  # torch.compile cannot join them by |
 
 
 def _differentiated(tensor: Tensor) -> bool:
@@ -39,12 +40,13 @@ def plain(value: Any) -> Any:
     """
     if isinstance(value, bool | str) or type(value) in (int, float):
         return value
-    if isinstance(value, np.generic | np.ndarray):
-        if value.ndim:
-            return value
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        is_number = value.dim() == 0 and not value.is_complex() and not _differentiated(value)
+        return value.item() if is_number else value
+    if isinstance(value, _NUMPY) and not value.ndim:
         return float(value) if np.issubdtype(value.dtype, np.floating) else value.item()
-    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex() and not _differentiated(value):
-        return value.item()
     return value
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_sizes, plain
-from .functional import check_steps
+from .engine import check_steps
 from .tracing import fx_function
 
 __all__ = ["bernoulli", "direct", "event_frames"]

@@ -3,194 +3,85 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import autograd, ops, reference
-from .checks import check_flag, check_fraction, check_integer, check_number
+from .checks import check_flag, check_fraction, check_number, plain
+from .engine import Call, check_call, check_input, check_steps, run, use_fused
+from .neurons import LIF, Neuron
 from .other_libraries import unexpected_keyword
-from .surrogate import SURROGATES, Surrogate, resolve_surrogate
+from .surrogate import SURROGATES, MultiGaussian, Surrogate
 from .tracing import fx_function, jit_trace, refuse_trace
 
 if TYPE_CHECKING:
     from typing_extensions import Never, Unpack
 
-__all__ = [
-    "Checked",
-    "check_norm",
-    "check_options",
-    "check_steps",
-    "lif",
-    "neunorm",
-    "neunorm_lif",
-    "run",
-    "run_neunorm",
-]
+__all__ = ["lif", "neunorm", "neunorm_lif"]
 
-BACKENDS = ("auto", "fused", "reference")
-RESETS = ("hard", "soft")
-SNNTORCH = ("zero", "subtract", "none")
 SCALINGS = ("1/F", "1/F^2")
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-_warned: set[str] = set()
-_with_kernels: set[torch.device] = set()  # devices that were asked, beside the CPU
-
-
-def check_steps(steps: object) -> int:
-    """The number of time steps as a Python integer; raise if it is none."""
-    return check_integer("steps", steps)
+Backend = Literal["auto", "fused", "reference"]
+Potentials = Literal["before_reset", "after_reset"]
 
 
-class Checked(NamedTuple):
-    """Options of :func:`lif` that have been checked, in the forms in which they are used."""
-
-    options: dict[str, Any]  # as the reference takes them
-    neuron: str  # as the operators do
-    steps: int | None
-    backend: str
+def _make_call(kind: type[Neuron], steps: Any, time_dim: Any, backend: str, **fields: Any) -> Call:
+    return check_call(kind(**fields), steps, time_dim, backend)
 
 
-def check_options(
-    *,
-    decay: float = 0.25,
-    v_threshold: float = 0.75,
-    surrogate: str | Surrogate = "rectangular",
-    reset: str = "hard",
-    v_reset: float = 0.0,
-    detach_reset: bool = False,
-    spatial_only: bool = False,
-    strict_threshold: bool = False,
-    smooth: bool = False,
-    steps: int | None = None,
-    backend: str = "auto",
-) -> Checked:
-    """Raise if an option of :func:`lif` is not one it accepts; the options are described there."""
-    if v_reset is None:
-        raise TypeError("v_reset must be a number, got None; for a soft reset, which has none, write reset='soft'")
-    decay = check_fraction("decay", decay, "; for a time constant tau it is 1 - 1/tau")
-    v_threshold = check_number("v_threshold", v_threshold)
-    v_reset = check_number("v_reset", v_reset)
-    if reset not in RESETS:
-        advice = "; snnTorch's 'zero' is 'hard', its 'subtract' is 'soft' but a step later" if reset in SNNTORCH else ""
-        raise ValueError(f"reset must be one of {', '.join(RESETS)}, got {reset!r}{advice}")
-    if reset == "soft" and v_reset != 0:
-        raise ValueError(f"v_reset belongs to reset='hard'; a soft reset subtracts v_threshold, got v_reset={v_reset}")
-    if v_threshold <= v_reset:
-        at_rest = "v_reset" if reset == "hard" else "0, the potential of rest"
-        raise ValueError(f"v_threshold must lie above {at_rest}, got v_threshold={v_threshold}, v_reset={v_reset}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if steps is not None:
-        steps = check_steps(steps)
-    options: dict[str, Any] = {
-        "decay": decay,
-        "v_threshold": v_threshold,
-        "v_reset": v_reset,
-        "soft_reset": reset == "soft",
-        "detach_reset": check_flag("detach_reset", detach_reset),
-        "spatial_only": check_flag("spatial_only", spatial_only),
-        "strict_threshold": check_flag("strict_threshold", strict_threshold),
-        "smooth": check_flag("smooth", smooth),
-        "surrogate": resolve_surrogate(surrogate),
-    }
-    # Text would fix the numbers of a compiled graph.
-    neuron = "" if torch.compiler.is_compiling() else ops.neuron_text(ops.switches(**options), *_numbers(options))
-    return Checked(options, neuron, steps, backend)
-
-
-_known = functools.lru_cache(typed=True)(check_options)
+_known = functools.lru_cache(typed=True)(_make_call)
 _IMMUTABLE = {bool, int, float, str, type(None), *SURROGATES.values()}
 
 
-def _checked(**options: Any) -> Checked:
-    """:func:`check_options`, but what was found right before is not checked again: it would take half of a call."""
-    if torch.compiler.is_compiling() or not _IMMUTABLE.issuperset(map(type, options.values())):
-        return check_options(**options)
-    return _known(**options)
+def make_call(kind: type[Neuron], *where: Any, **fields: Any) -> Call:
+    """A neuron with its options checked; what was found right before is not checked again, as it would take half of a
+    call."""
+    if torch.compiler.is_compiling() or not _IMMUTABLE.issuperset(map(type, (*where, *fields.values()))):
+        return _make_call(kind, *where, **fields)
+    return _known(kind, *where, **fields)  # type: ignore[arg-type]
 
 
-def _numbers(options: dict[str, Any]) -> tuple[float, float, float, float]:
-    return options["decay"], options["v_threshold"], options["v_reset"], options["surrogate"].width
+def _plain_or_tensor(value: Any) -> Any:
+    """A tensor stays one in a compiled graph, which cannot hold for another number of it; so does a parameter, be it
+    frozen or not."""
+    kept = isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and torch.compiler.is_compiling())
+    return value if kept else plain(value)
 
 
-def _check_input(x: Tensor, steps: int | None, name: str = "x") -> int:
-    """Raise if x does not fit; return the number of steps."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        accepted = ", ".join(str(dtype) for dtype in DTYPES)
-        raise TypeError(f"{name} must be of dtype {accepted}; got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a strided tensor, got layout {x.layout}")
-    if x.dim() == 0:
-        raise ValueError(
-            f"{name} must have a time dimension, [T, ...] or with steps=T [T*B, ...], got a tensor of shape ()"
-        )
-    entries = x.shape[0]
-    if steps is None:
-        if entries == 0:
-            shape = tuple(x.shape)
-            raise ValueError(f"{name} must have at least one time step in its first dimension, got shape {shape}")
-        return entries
-    if entries % steps:
-        raise ValueError(f"steps={steps} must divide the first dimension of {name}, got shape {tuple(x.shape)}")
-    return steps
+def split_tensors(kind: type[Neuron], fields: dict[str, Any], scale: Any, shift: Any) -> dict[str, Any]:
+    """Take parameters that are tensors, which the kernels get as arrays, out of ``fields``; with scale and shift, if
+    they are not 1 and 0. What is left of a parameter is its default, with which the others are checked."""
+    given: dict[str, Any] = {}
+    for name in kind.parameters:
+        value = _plain_or_tensor(fields[name])
+        if isinstance(value, Tensor):
+            given[name] = value
+            del fields[name]
+    for name, value, neutral in (("scale", _plain_or_tensor(scale), 1), ("shift", _plain_or_tensor(shift), 0)):
+        if isinstance(value, Tensor) or check_number(name, value) != neutral:
+            given[name] = value
+    if kind is LIF and given:
+        _ties(fields, given)
+    return given
 
 
-def _unfolded(x: Tensor, steps: int, folded: bool) -> Tensor:
-    return x.reshape(steps, x.shape[0] // steps, *x.shape[1:]) if folded else x
-
-
-def _check_initial_potential(v: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    if not isinstance(v, Tensor):
-        raise TypeError(f"initial_potential must be a tensor or None, got {type(v).__name__}")
-    state = ops.state_dtype(x.dtype)
-    if v.dtype not in (state, x.dtype):
-        accepted = f"{state}, the dtype of potentials for x in {x.dtype}" + (
-            "" if state == x.dtype else ", or the dtype of x"
-        )
-        raise TypeError(f"initial_potential must be of dtype {accepted}; got {v.dtype}")
-    if v.device != x.device:
-        raise ValueError(f"initial_potential must be on the device of x, {x.device}, got {v.device}")
-    if tuple(v.shape) != shape:
-        raise ValueError(f"initial_potential must have the shape of one step of x, {shape}, got {tuple(v.shape)}")
-
-
-def _use_fused(x: Tensor, checked: Checked) -> bool:
-    """Whether the kernels run, with a warning or an error where they cannot."""
-    backend = checked.backend
-    if backend == "reference":
-        return False
-    surrogate, smooth = checked.options["surrogate"], checked.options["smooth"]
-    known = x.is_cpu or (not torch.compiler.is_compiling() and x.device in _with_kernels)
-    if known and not smooth and SURROGATES.get(surrogate.name) is type(surrogate):
-        return True  # first, for the rest takes microseconds
-    problem = ops.fused_backend_problem(x.device)
-    if SURROGATES.get(surrogate.name) is not type(surrogate):
-        problem = f"there is no fused kernel for the surrogate {type(surrogate).__name__}"
-    elif smooth and x.dtype != torch.float64:
-        problem = f"the smooth spike has fused kernels for torch.float64 only, and x is {x.dtype}"
-    if problem is None:
-        if not torch.compiler.is_compiling():
-            _with_kernels.add(x.device)
-        return True
-    if backend == "fused":
-        raise RuntimeError(f"backend='fused' cannot run: {problem}")
-    if problem not in _warned:
-        _warned.add(problem)
-        warnings.warn(
-            f"stbp_cuda runs its slow reference implementation: {problem}; backend='reference' asks for it silently",
-            stacklevel=4,
-        )
-    return False
+def _ties(fields: dict[str, Any], given: dict[str, Any]) -> None:
+    """A soft reset subtracts the threshold, unless it is told what."""
+    soft = fields["reset"] == "soft"
+    if "subtract" in given and not soft:
+        raise ValueError("subtract belongs to reset='soft'; a hard reset sets v_reset, got a tensor")
+    if "v_threshold" in given:
+        # The number is not used; above any v_reset, it passes the checks of the others.
+        v_reset = 0.0 if fields["v_reset"] is None else check_number("v_reset", fields["v_reset"])
+        fields["v_threshold"] = max(0.75, 2 * abs(v_reset))
+        if soft and "subtract" not in given and fields["subtract"] is None:
+            given["subtract"] = given["v_threshold"]
 
 
 class NeuronOptions(TypedDict, total=False):
-    """The keyword arguments that all neurons have beside decay, threshold and surrogate, for the type checker."""
+    """The keyword arguments of LIF neurons beside decay, threshold and surrogate, for the type checker."""
 
     reset: Literal["hard", "soft"]
     v_reset: float
@@ -198,83 +89,87 @@ class NeuronOptions(TypedDict, total=False):
     spatial_only: bool
     strict_threshold: bool
     steps: int | None
-    backend: Literal["auto", "fused", "reference"]
-
-
-class LIFOptions(NeuronOptions, total=False):
-    """The keyword arguments of :func:`lif`."""
-
-    decay: float
-    v_threshold: float
-    surrogate: str | Surrogate
-    smooth: bool
-    initial_potential: Tensor | None
-
-
-@overload
-def lif(x: Tensor, *, return_potential: Literal[False] = ..., **options: Unpack[LIFOptions]) -> Tensor: ...
-
-
-@overload
-def lif(x: Tensor, *, return_potential: Literal[True], **options: Unpack[LIFOptions]) -> tuple[Tensor, Tensor]: ...
+    backend: Backend
 
 
 def lif(
     x: Tensor,
     *,
-    decay: float = 0.25,
-    v_threshold: float = 0.75,
+    decay: float | Tensor = 0.25,
+    v_threshold: float | Tensor = 0.75,
     surrogate: str | Surrogate = "rectangular",
+    scale: float | Tensor = 1.0,
+    shift: float | Tensor = 0.0,
     reset: Literal["hard", "soft"] = "hard",
     v_reset: float = 0.0,
+    subtract: float | Tensor | None = None,
     detach_reset: bool = False,
     spatial_only: bool = False,
     strict_threshold: bool = False,
     smooth: bool = False,
     steps: int | None = None,
-    initial_potential: Tensor | None = None,
+    time_dim: int = 0,
+    constant: bool = False,
+    lengths: Tensor | None = None,
+    initial_potential: Tensor | float | None = None,
     return_potential: bool = False,
-    backend: Literal["auto", "fused", "reference"] = "auto",
+    return_potentials: Potentials | None = None,
+    backend: Backend = "auto",
     **unexpected: Never,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Leaky integrate-and-fire neurons over all time steps, with the gradient of STBP.
 
     Forward (arXiv:1706.02609, Eqs. 3-8)::
 
-        u[t] = decay * v[t-1] + x[t]                      charge
+        i[t] = scale * x[t] + shift                       current
+        u[t] = decay * v[t-1] + i[t]                      charge
         o[t] = 1 if u[t] >= v_threshold else 0            fire
         v[t] = u[t] * (1 - o[t]) + v_reset * o[t]         hard reset
-        v[t] = u[t] - v_threshold * o[t]                  soft reset
+        v[t] = u[t] - subtract * o[t]                     soft reset
 
     Backward: exact backpropagation through time over these equations, with the surrogate in place of ``do/du``.
 
     Args:
         x: input current ``[T, B, ...]``, time-major; or ``[T*B, ...]`` with ``steps=T``. float64, float32, float16 or
             bfloat16, on any device. Any dense memory order with time outermost (contiguous, channels_last) is used as
-            it is and kept; anything else is made contiguous first.
+            it is and kept; anything else is made contiguous first. One that is expanded along time is read once.
         decay: the fraction of the potential that is left after one step, in [0, 1]. (``tau`` of the paper.)
         v_threshold: the potential at which a neuron fires, in the units of ``x``; above ``v_reset``.
         surrogate: its name, with width 1, or an object from :mod:`stbp_cuda.surrogate` with a width of its own.
-        reset: "hard" sets the potential of a neuron that fired to ``v_reset``, "soft" subtracts ``v_threshold``.
+        scale, shift: of the current, in one pass with the neuron: a bias, a folded batch norm, 1 / tau.
+        reset: "hard" sets the potential of a neuron that fired to ``v_reset``, "soft" subtracts ``subtract``.
         v_reset: the potential after a hard reset.
+        subtract: what a soft reset subtracts; by default ``v_threshold``.
         detach_reset: let no gradient through the reset (``v``'s dependence on ``o``).
         spatial_only: let no gradient from a step to the one before: the spatial-only backpropagation (SDBP) that
             arXiv:1706.02609 compares STBP with. ``initial_potential`` then gets a gradient of zero.
         strict_threshold: fire at ``u > v_threshold`` (the authors' code, NIR) instead of ``u >= v_threshold``.
-        smooth: fire with the surrogate's antiderivative, a number between 0 and 1, which makes the whole layer
+        smooth: fire with the surrogate's antiderivative, a number between 0 and its gain, which makes the whole layer
             differentiable: for ``torch.autograd.gradcheck``. The fused kernels have it for float64 only.
         steps: the number of time steps T where time and batch share the first dimension; None where the first dimension
             is T.
+        time_dim: the dimension of time, with ``x [B, T, ...]`` 1. 0 and 1 are as fast as each other; any other is
+            copied.
+        constant: ``x`` is ``[B, ...]``, the same current at each of ``steps`` steps; it is read once. The spikes are
+            ``[T, B, ...]``.
+        lengths: ``[B]`` integers from 0 to T: past its end a sample has no spikes and potentials of 0 in
+            ``return_potentials``, its state stays as it was, and nothing gets a gradient.
         initial_potential: ``v[0]`` in the shape of one step of ``x``, ``[B, ...]``, and in float32 (float64 for
-            float64 ``x``) or the dtype of ``x``; None for zeros. Differentiable.
+            float64 ``x``) or the dtype of ``x``; or a number; None for zeros. Differentiable.
         return_potential: also return the final potential ``v[T]``, to be passed on as ``initial_potential``.
+            Differentiable.
+        return_potentials: also return the potentials of all steps: "before_reset" ``u``, "after_reset" ``v``.
             Differentiable.
         backend: "fused" runs the compiled kernels or raises; "reference" runs the loop in
             :mod:`stbp_cuda.reference`; "auto" runs the kernels where they can run, else the reference with one warning.
 
+    ``decay``, ``v_threshold``, ``subtract``, ``scale`` and ``shift`` may be tensors, which get gradients and are not
+    checked. They broadcast to one step of one sample: ``[]``, ``[C]`` for the first dimension after the batch,
+    ``[C, 1, 1]``, ``[C, H, W]``; scale and shift also with a row for each step, ``[T, C, 1, 1]``.
+
     Returns:
-        The spikes, in the shape and dtype of ``x``; with ``return_potential`` also ``v[T]``, in the shape of one step
-        and in float32 (float64 for float64 ``x``).
+        The spikes, in the shape and dtype of ``x``; with ``return_potential`` also ``v[T]``, in the shape of one step,
+        and with ``return_potentials`` the potentials of all steps, both in float32 (float64 for float64 ``x``).
 
     Raises:
         TypeError: an argument has a wrong type, or a tensor a dtype that is not accepted.
@@ -287,71 +182,29 @@ def lif(
             return node
     if unexpected:
         raise unexpected_keyword("lif", unexpected)
-    checked = _checked(
-        decay=decay,
-        v_threshold=v_threshold,
-        surrogate=surrogate,
-        reset=reset,
-        v_reset=v_reset,
-        detach_reset=detach_reset,
-        spatial_only=spatial_only,
-        strict_threshold=strict_threshold,
-        smooth=smooth,
-        steps=steps,
-        backend=backend,
+    fields: dict[str, Any] = {
+        "decay": decay,
+        "v_threshold": v_threshold,
+        "subtract": subtract,
+        "v_reset": v_reset,
+        "reset": reset,
+        "detach_reset": detach_reset,
+        "spatial_only": spatial_only,
+        "strict_threshold": strict_threshold,
+        "smooth": smooth,
+        "surrogate": surrogate,
+    }
+    given = split_tensors(LIF, fields, scale, shift)
+    return run(
+        x,
+        make_call(LIF, steps, time_dim, backend, **fields),
+        initial_potential,
+        check_flag("return_potential", return_potential),
+        given,
+        lengths=lengths,
+        constant=check_flag("constant", constant),
+        return_potentials=return_potentials,
     )
-    return run(x, checked, initial_potential, check_flag("return_potential", return_potential))
-
-
-def run(
-    x: Tensor, checked: Checked, initial_potential: Tensor | None, return_potential: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`lif` with options that were checked before: to check them anew takes a tenth of a small call."""
-    if jit_trace() is not None:
-        refuse_trace(checked.backend)
-    steps = checked.steps
-    folded = steps is not None
-    steps = _check_input(x, steps)
-    if initial_potential is not None:
-        shape = (x.shape[0] // steps, *x.shape[1:]) if folded else tuple(x.shape[1:])
-        _check_initial_potential(initial_potential, x, shape)
-
-    spikes: Tensor
-    potential: Tensor
-    if not _use_fused(x, checked):
-        spikes, potential = reference.lif(_unfolded(x, steps, folded), initial_potential, **checked.options)
-        if folded:
-            spikes = spikes.flatten(0, 1)
-        return (spikes, potential) if return_potential else spikes
-
-    if initial_potential is not None:
-        initial_potential = initial_potential.to(ops.state_dtype(x.dtype))
-        if not folded:
-            initial_potential = initial_potential.unsqueeze(0)
-    if torch.compiler.is_compiling():
-        numbers, switches = _numbers(checked.options), ops.switches(**checked.options)
-        spikes, potential = torch.ops.stbp_cuda.lif(
-            x, initial_potential, steps, *numbers, switches, return_potential, ops.VERSION
-        )
-    elif autograd.transforms():
-        spikes, potential, _ = autograd.TransformableLIF.apply(
-            x, initial_potential, steps, checked.neuron, None, return_potential, False
-        )
-    elif torch.is_grad_enabled() and (
-        x.requires_grad or (initial_potential is not None and initial_potential.requires_grad)
-    ):
-        result: Tensor | tuple[Tensor, Tensor]
-        result = autograd.FusedLIF.apply(x, initial_potential, (steps, checked.neuron, return_potential))
-        if not return_potential:
-            return result
-        spikes, potential = result
-    else:
-        spikes, potential, _ = ops.eager_lif_forward(
-            x, initial_potential, steps, checked.neuron, return_potential, False
-        )
-    if not return_potential:
-        return spikes
-    return spikes, potential if folded else potential.squeeze(0)
 
 
 def check_norm(norm_decay: float, scaling: str, name: str = "norm_decay") -> float:
@@ -422,9 +275,10 @@ def neunorm(
     folded = steps is not None
     if folded:
         steps = check_steps(steps)
-    steps = _check_input(spikes, steps, "spikes")
+    steps = check_input(spikes, steps, "spikes")
     _check_weight(weight, spikes, folded, "spikes")
-    result = reference.neunorm(_unfolded(spikes, steps, folded), weight, decay=decay, squared=scaling == "1/F^2")
+    unfolded = torch.unflatten(spikes, 0, (steps, spikes.shape[0] // steps)) if folded else spikes
+    result = reference.neunorm(unfolded, weight, decay=decay, squared=scaling == "1/F^2")
     return result.flatten(0, 1) if folded else result
 
 
@@ -467,31 +321,32 @@ def neunorm_lif(
     unexpected = [option for option in options if option not in NeuronOptions.__annotations__]
     if unexpected:
         raise unexpected_keyword("neunorm_lif", unexpected)
-    checked = _checked(
-        decay=0.0 if isinstance(decay, Tensor) else decay,
-        v_threshold=v_threshold,
-        surrogate=surrogate,
-        smooth=smooth,
-        **options,
-    )
+    steps, backend = options.pop("steps", None), options.pop("backend", "auto")
+    number: Any = 0.0 if isinstance(decay, Tensor) else decay
+    fields = {"decay": number, "v_threshold": v_threshold, "surrogate": surrogate, "smooth": smooth, **options}
+    call = make_call(LIF, steps, 0, backend, **fields)
     number = check_norm(0.0 if isinstance(norm_decay, Tensor) else norm_decay, scaling)
-    decay = decay if isinstance(decay, Tensor) else checked.options["decay"]
+    decay = decay if isinstance(decay, Tensor) else call.neuron.decay  # type: ignore[attr-defined]
     norm_decay = norm_decay if isinstance(norm_decay, Tensor) else number
-    return run_neunorm(x, weight, checked, decay, norm_decay, scaling == "1/F^2")
+    return run_neunorm(x, weight, call, decay, norm_decay, scaling == "1/F^2")
 
 
 def run_neunorm(
-    x: Tensor, weight: Tensor, checked: Checked, decay: float | Tensor, norm_decay: float | Tensor, squared: bool
+    x: Tensor, weight: Tensor, call: Call, decay: float | Tensor, norm_decay: float | Tensor, squared: bool
 ) -> Tensor:
     """:func:`neunorm_lif` with options that were checked before."""
     if jit_trace() is not None:
-        refuse_trace(checked.backend)
-    steps, folded = _check_input(x, checked.steps), checked.steps is not None
+        refuse_trace(call.backend)
+    steps, folded = check_input(x, call.steps), call.steps is not None
     _check_weight(weight, x, folded, "x")
     state = ops.state_dtype(x.dtype)
     result: Tensor
-    if not _use_fused(x, checked):
-        spikes, _ = reference.lif(_unfolded(x, steps, folded), None, **{**checked.options, "decay": decay})
+    problem = None
+    if isinstance(call.neuron.surrogate, MultiGaussian):  # type: ignore[attr-defined]
+        problem = "there is no fused kernel with normalisation for the surrogate MultiGaussian"
+    if not use_fused(x, call, problem):
+        unfolded = torch.unflatten(x, 0, (steps, x.shape[0] // steps)) if folded else x
+        spikes, *_ = reference.run(call.neuron, unfolded, None, {"decay": decay})
         result = reference.neunorm(spikes, weight, decay=norm_decay, squared=squared)
         return result.flatten(0, 1) if folded else result
     decays = None
@@ -501,14 +356,12 @@ def run_neunorm(
     fixed = 0.0 if isinstance(norm_decay, Tensor) else norm_decay
     weight = weight.to(state)
     if torch.compiler.is_compiling():
-        numbers, switches = _numbers(checked.options), ops.switches(**checked.options)
-        result = torch.ops.stbp_cuda.neunorm_lif(
-            x, weight, decays, steps, *numbers, fixed, squared, switches, ops.VERSION
-        )
+        numbers, kind = call.neuron.split()
+        result = torch.ops.stbp_cuda.neunorm_lif(x, weight, decays, steps, numbers, fixed, squared, kind, ops.VERSION)
     elif autograd.transforms():
         result = autograd.TransformableNeuNormLIF.apply(
-            x, weight, decays, steps, checked.neuron, None, fixed, squared, False
+            x, weight, decays, steps, call.text, None, fixed, squared, False
         )[0]
     else:
-        result = autograd.FusedNeuNormLIF.apply(x, weight, decays, (steps, checked.neuron, fixed, squared))
+        result = autograd.FusedNeuNormLIF.apply(x, weight, decays, (steps, call.text, fixed, squared))
     return result

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
+import math
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from .checks import check_flag, check_sizes, plain
+from .checks import check_flag, check_number, check_sizes, plain
+from .engine import BACKENDS, Call, check_steps, run
+from .neurons import LIF, RESETS, Neuron
 from .other_libraries import unexpected_keyword
 from .surrogate import Surrogate, resolve_surrogate
 from .tracing import fx_module, refuse_script
@@ -21,19 +24,13 @@ from .tracing import fx_module, refuse_script
 if TYPE_CHECKING:
     from typing_extensions import Never, Unpack
 
-__all__ = ["LIFLayer", "NeuNorm", "NeuNormLIF"]
+__all__ = ["LIFLayer", "NeuNorm", "NeuNormLIF", "PLIFLayer"]
 
 # Other libraries call `reset()` and set `backend` on every module of a network that has an attribute of that name.
 _RENAMED = {"reset": "reset_mode", "backend": "backend_mode"}
-_OPTIONS = {
-    option: _RENAMED.get(option, option)
-    for option in inspect.signature(functional.check_options).parameters
-    if option != "smooth"
-}  # of check_options, and the attributes of a layer that hold them
-_ATTRIBUTES = frozenset({*_OPTIONS.values(), "norm_decay", "scaling"})
 
 
-class _Layer(nn.Module):
+class ConstantsLayer(nn.Module):
     """A module whose state_dict holds the constants that it was trained with, so that loading it into one with others
     warns of them.
 
@@ -88,7 +85,172 @@ def _of_surrogate(surrogate: Surrogate) -> dict[str, Any]:
     return {"surrogate": type(surrogate).__name__, **fields}
 
 
-class LIFLayer(_Layer):
+# The range of a learned parameter: a function, its inverse in Python's numbers, and who has it.
+_RANGES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], float]]] = {
+    "decay": (torch.sigmoid, lambda value: math.log(value / (1 - value))),
+    "v_threshold": (nn.functional.softplus, lambda value: value + math.log(-math.expm1(-value))),
+}
+
+
+class NeuronLayer(ConstantsLayer):
+    """The base of the layers of neurons: options as attributes, checked when they are set, and parameters that may be
+    tensors or learned.
+
+    A subclass has ``kind``, the neuron, and in its constructor sets what the layer's call needs.
+    """
+
+    kind: ClassVar[type[Neuron]]
+
+    def _set_up(
+        self,
+        options: dict[str, Any],
+        learn: Sequence[str],
+        channels: int | Sequence[int] | None,
+        unexpected: Mapping[str, Any],
+    ) -> None:
+        if unexpected:
+            raise unexpected_keyword(type(self).__name__, unexpected)
+        super().__init__()
+        self._names = {name: _RENAMED.get(name, name) for name in options}  # of options, and of their attributes
+        for name, value in options.items():
+            setattr(self, self._names[name], value)
+        accepted = (*self.kind.parameters, "scale", "shift")
+        if not isinstance(learn, Iterable):
+            raise TypeError(f"learn must hold names of {', '.join(accepted)}, got {learn!r}")
+        learn = (learn,) if isinstance(learn, str) else tuple(learn)
+        for name in learn:
+            if name not in accepted:
+                raise ValueError(f"learn must hold names of {', '.join(accepted)}, got {name!r}")
+        if "subtract" in learn and options["reset"] != "soft":
+            raise ValueError("subtract belongs to reset='soft'; a hard reset sets v_reset, and it cannot be learned")
+        channels = plain(channels)
+        sizes = () if channels is None else check_sizes((channels,) if isinstance(channels, int) else channels)
+        if channels is not None and not sizes:
+            raise ValueError(f"channels must be None, a positive integer or a shape of them, got {channels!r}")
+        if sizes and not learn:
+            raise ValueError("channels is the shape of parameters that are learned, and learn is empty")
+        self._call: Call | None = self._check()
+        starts = {name: self._start(name) for name in learn}
+        if starts:
+            self._modules["learned"] = nn.ParameterDict(
+                {name: torch.full(sizes, 0.0 if name in _RANGES else start) for name, start in starts.items()}
+            )
+
+    @property
+    def learned(self) -> Mapping[str, nn.Parameter]:
+        """What is trained, by name; :meth:`values` are the values that follow."""
+        return self._modules.get("learned") or {}  # type: ignore[return-value]
+
+    def _start(self, name: str) -> float:
+        """The number from which a learned parameter starts."""
+        value = getattr(self, name)
+        if value is None:
+            value = getattr(self._checked().neuron, name)
+        if isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a number where it is learned, got a tensor; an nn.Parameter is, too")
+        if name == "decay" and value in (0, 1):
+            raise ValueError(f"decay must lie between 0 and 1 where it is learned, got {value}")
+        return float(value)
+
+    def _value(self, name: str, parameter: Tensor) -> Tensor:
+        """A learned parameter in its range: the parameter is 0 at its start, and moves along the range's function."""
+        if name not in _RANGES:
+            return parameter
+        function, inverse = _RANGES[name]
+        start, least = self._start(name), 0.0
+        if name == "v_threshold":
+            least = 0.0 if getattr(self, "reset_mode", "hard") == "soft" else float(self.v_reset)  # type: ignore[arg-type]
+        at = torch.full_like(parameter, inverse(start - least), dtype=torch.float64)
+        # Exactly `start` at 0, in every dtype.
+        value = start + (function(at + parameter) - function(at))
+        if name == "decay":
+            return value.clamp(0, 1)
+        return value.clamp(min=float(np.nextafter(np.float32(least), np.float32(np.inf))))
+
+    def values(self) -> dict[str, Tensor]:
+        """The parameters that are tensors or learned, as the kernels get them."""
+        found = {name: self._value(name, parameter) for name, parameter in self.learned.items()}
+        for name in (*self.kind.parameters, "scale", "shift"):
+            value = getattr(self, name, None)
+            if isinstance(value, Tensor) and name not in found:
+                found[name] = value
+        return found
+
+    def _options(self) -> dict[str, Any]:
+        return {option: getattr(self, name) for option, name in self._names.items()}
+
+    def _check(self) -> Call:
+        options = self._options()
+        where = options.pop("steps"), options.pop("time_dim"), options.pop("backend")
+        fields = {name: options[name] for name in self.kind.__dataclass_fields__ if name in options}
+        given = functional.split_tensors(self.kind, fields, options.get("scale", 1.0), options.get("shift", 0.0))
+        self._given = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
+        self._has_tensors = len(self._given) < len(given)
+        return functional.make_call(self.kind, *where, **fields)
+
+    def _checked(self) -> Call:
+        """The call, checked again if an option that was set did not fit."""
+        return self._call or self._check()
+
+    def _parameters_given(self) -> dict[str, Any]:
+        if not self.learned and not self._has_tensors:
+            return self._given
+        given = {**self._given, **self.values()}
+        # A soft reset subtracts the threshold, unless it is told what.
+        if "v_threshold" in given and getattr(self, "reset_mode", "hard") == "soft" and self.subtract is None:
+            given.setdefault("subtract", given["v_threshold"])
+        return given
+
+    def _constants(self) -> dict[str, Any]:
+        constants: dict[str, Any] = {}
+        for option, value in self._options().items():
+            moved = option in self.learned and option not in _RANGES  # others are learned relative to where they start
+            if option in ("steps", "time_dim", "backend") or isinstance(value, Tensor) or moved:
+                continue
+            constants.update(_of_surrogate(value) if isinstance(value, Surrogate) else {option: value})
+        return constants
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        names = self.__dict__.get("_names", {})
+        accepted = (*RESETS, *BACKENDS)
+        if name in _RENAMED and name in names and isinstance(value, str) and value in accepted:
+            raise AttributeError(f"{type(self).__name__} keeps {name} in the attribute {_RENAMED[name]}; set that")
+        if name not in names.values() and name not in self._more_options:
+            super().__setattr__(name, value)
+            return
+        value = value if isinstance(value, nn.Parameter) else plain(value)
+        if name == "surrogate":
+            value = resolve_surrogate(value) if "_call" not in self.__dict__ else value
+        buffered = name in (*self.kind.parameters, "scale", "shift") and not isinstance(value, nn.Parameter)
+        if buffered and isinstance(value, Tensor) and name not in self._buffers:
+            self.__dict__.pop(name, None)
+            self._parameters.pop(name, None)
+            self.register_buffer(name, value)
+        elif not isinstance(value, Tensor) and name in (*self._buffers, *self._parameters):
+            delattr(self, name)
+            super().__setattr__(name, value)
+        else:
+            super().__setattr__(name, value)
+        if "_call" in self.__dict__:  # after __init__
+            try:
+                self._call = self._check()
+            except (TypeError, ValueError):  # of two that are set one by one; the next call raises, if it is more
+                self._call = None
+
+    _more_options: ClassVar[tuple[str, ...]] = ()  # attributes of a subclass that are checked, too
+
+    def extra_repr(self) -> str:
+        shown = []
+        for option, value in self._options().items():
+            if option in self.learned:
+                continue
+            text = f"tensor{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            shown.append(f"{option}={text}")
+        learned = [f"{name}={self._start(name)} {list(p.shape)}" for name, p in self.learned.items()]
+        return ", ".join([*shown, *([f"learned: {', '.join(learned)}"] if learned else [])])
+
+
+class LIFLayer(NeuronLayer):
     """A layer of leaky integrate-and-fire neurons, run over all time steps at once; :func:`stbp_cuda.functional.lif` as
     a module, and described there.
 
@@ -99,18 +261,29 @@ class LIFLayer(_Layer):
         v_threshold: the potential at which a neuron fires. Default 0.75. (Both defaults are those of the CIFAR10
             networks of arXiv:1809.05793.)
         surrogate: the name of a surrogate, or an object from :mod:`stbp_cuda.surrogate`. Default "rectangular".
-        reset: "hard" (to ``v_reset``) or "soft" (subtract ``v_threshold``). Default "hard".
+        reset: "hard" (to ``v_reset``) or "soft" (subtract ``subtract``). Default "hard".
         v_reset: the potential after a hard reset. Default 0.
+        subtract: what a soft reset subtracts. Default None, the threshold.
         detach_reset: let no gradient through the reset. Default False.
         spatial_only: let no gradient from a step to the one before (SDBP). Default False.
         strict_threshold: fire at ``u > v_threshold`` instead of ``u >= v_threshold``. Default False.
+        scale, shift: of the current, ``scale * x + shift``. Default 1 and 0.
+        learn: names of parameters that are trained: "decay" (in (0, 1), by a sigmoid), "v_threshold" (above
+            ``v_reset``, by a softplus), "subtract", "scale", "shift". They start exactly from the values given, and are
+            in ``learned``; :meth:`values` are their values.
+        channels: the shape of what is learned: None for one number for the layer; an integer C for the first dimension
+            after the batch; or a shape that broadcasts to a sample, such as ``(C, H, W)``.
         steps: the number of time steps T, where the input is ``[T*B, ...]``; None for input ``[T, B, ...]``.
+        time_dim: the dimension of time; 1 for input ``[B, T, ...]``. Default 0.
         backend: "auto", "fused" or "reference". Default "auto".
+
+    ``decay``, ``v_threshold``, ``subtract``, ``scale`` and ``shift`` may also be tensors, which become buffers, or
+    parameters of torch, which are trained as they are.
 
     Each is an attribute, too, which may be set and is checked by the next call. ``reset`` and ``backend`` are
     ``reset_mode`` and ``backend_mode`` there, as other libraries take modules with attributes of those names for their
-    own. All but ``steps`` and ``backend`` are in the ``state_dict``, as ``_extra_state``: loading it into a layer with
-    others warns, and changes none of them.
+    own. All but ``steps``, ``time_dim`` and ``backend`` are in the ``state_dict``, as ``_extra_state``: loading it into
+    a layer with others warns, and changes none of them.
 
     Raises:
         TypeError, ValueError: an option is not one of those accepted.
@@ -121,89 +294,125 @@ class LIFLayer(_Layer):
         net(torch.rand(10 * 32, 1, 28, 28))  # 10 steps, a batch of 32
     """
 
+    kind = LIF
+
     def __init__(
         self,
-        decay: float = 0.25,
-        v_threshold: float = 0.75,
+        decay: float | Tensor = 0.25,
+        v_threshold: float | Tensor = 0.75,
         surrogate: str | Surrogate = "rectangular",
         *,
         reset: Literal["hard", "soft"] = "hard",
         v_reset: float = 0.0,
+        subtract: float | Tensor | None = None,
         detach_reset: bool = False,
         spatial_only: bool = False,
         strict_threshold: bool = False,
+        scale: float | Tensor = 1.0,
+        shift: float | Tensor = 0.0,
+        learn: Sequence[str] = (),
+        channels: int | Sequence[int] | None = None,
         steps: int | None = None,
+        time_dim: int = 0,
         backend: Literal["auto", "fused", "reference"] = "auto",
         **unexpected: Never,
     ) -> None:
-        if unexpected:
-            raise unexpected_keyword(type(self).__name__, unexpected)
-        super().__init__()
-        self.decay = decay
-        self.v_threshold = v_threshold
-        self.surrogate = resolve_surrogate(surrogate)
-        self.reset_mode: Literal["hard", "soft"] = reset
-        self.v_reset = v_reset
-        self.detach_reset = detach_reset
-        self.spatial_only = spatial_only
-        self.strict_threshold = strict_threshold
-        self.steps = steps
-        self.backend_mode: Literal["auto", "fused", "reference"] = backend
-        self._checked: functional.Checked | None = self._check()
-
-    def _options(self) -> dict[str, Any]:
-        return {option: getattr(self, name) for option, name in _OPTIONS.items()}
-
-    def _check(self) -> functional.Checked:
-        return functional.check_options(**self._options())
-
-    def _constants(self) -> dict[str, Any]:
-        left_out = ("surrogate", "steps", "backend")
-        constants = {option: value for option, value in self._options().items() if option not in left_out}
-        return {**constants, **_of_surrogate(resolve_surrogate(self.surrogate))}
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _RENAMED and isinstance(value, str) and value in (*functional.RESETS, *functional.BACKENDS):
-            raise AttributeError(f"{type(self).__name__} keeps {name} in the attribute {_RENAMED[name]}; set that")
-        if name not in _ATTRIBUTES:
-            super().__setattr__(name, value)
-        else:
-            super().__setattr__(name, plain(value))
-            if "_checked" in self.__dict__:  # after __init__
-                try:
-                    self._checked = self._check()
-                except (TypeError, ValueError):  # of two that are set one by one; the next call raises, if it is more
-                    self._checked = None
+        options = {
+            "decay": decay,
+            "v_threshold": v_threshold,
+            "surrogate": surrogate,
+            "reset": reset,
+            "v_reset": v_reset,
+            "subtract": subtract,
+            "detach_reset": detach_reset,
+            "spatial_only": spatial_only,
+            "strict_threshold": strict_threshold,
+            "scale": scale,
+            "shift": shift,
+            "steps": steps,
+            "time_dim": time_dim,
+            "backend": backend,
+        }
+        self._set_up(options, learn, channels, unexpected)
 
     def forward(
-        self, x: Tensor, initial_potential: Tensor | None = None, return_potential: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self,
+        x: Tensor,
+        initial_potential: Tensor | float | None = None,
+        return_potential: bool = False,
+        *,
+        lengths: Tensor | None = None,
+        constant: bool = False,
+        return_potentials: Literal["before_reset", "after_reset"] | None = None,
+    ) -> Any:
         """Run the layer.
 
         Args:
             x: input current ``[T, B, ...]``, or ``[T*B, ...]`` with ``steps=T``.
-            initial_potential: ``[B, ...]``, or None for zeros.
+            initial_potential: ``[B, ...]``, a number, or None for zeros.
             return_potential: also return the final potential ``[B, ...]``.
+            lengths: ``[B]`` the steps of each sample.
+            constant: ``x`` is ``[B, ...]``, the same at each of ``steps`` steps.
+            return_potentials: also return the potentials of all steps, "before_reset" or "after_reset".
 
         Returns:
-            The spikes, in the shape and dtype of ``x``; with ``return_potential`` also the final potential.
+            The spikes, in the shape and dtype of ``x``; with ``return_potential`` also the final potential, with
+            ``return_potentials`` also those of all steps.
 
         Raises:
             TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.lif`.
         """
+        more: dict[str, Any] = {"lengths": lengths, "constant": constant, "return_potentials": return_potentials}
         if not isinstance(x, Tensor):
-            states = {"initial_potential": initial_potential, "return_potential": return_potential}
+            states = {"initial_potential": initial_potential, "return_potential": return_potential, **more}
             node = fx_module(self, x, **states)
-            return functional.lif(x, **self._options(), **states) if node is None else node
-        return functional.run(x, self._checked or self._check(), initial_potential, bool(return_potential))
+            return functional.lif(x, **{**self._options(), **self.values()}, **states) if node is None else node
+        call = self._checked()
+        return run(x, call, initial_potential, bool(return_potential), self._parameters_given(), **more)
 
-    def extra_repr(self) -> str:
-        return (
-            f"decay={self.decay}, v_threshold={self.v_threshold}, surrogate={self.surrogate}, "
-            f"reset={self.reset_mode!r}, v_reset={self.v_reset}, detach_reset={self.detach_reset}, "
-            f"spatial_only={self.spatial_only}, strict_threshold={self.strict_threshold}, steps={self.steps}, "
-            f"backend={self.backend_mode!r}"
-        )
+
+class PLIFLayer(LIFLayer):
+    """A :class:`LIFLayer` with one time constant, which is learned: the parametric LIF of arXiv:2007.05785 ::
+
+        u[t] = v[t-1] + (x[t] - v[t-1]) * k     k = sigmoid(w)
+
+    so that ``decay`` is ``1 - k`` and ``scale`` is ``k``.
+
+    Args:
+        init_tau: the time constant ``1 / k`` to start from, above 1. Default 2.
+        v_threshold: default 1.
+        surrogate: default "atan".
+        options: those of :class:`LIFLayer` but decay, scale, learn and channels.
+
+    Raises:
+        TypeError, ValueError: an option is not one of those accepted.
+    """
+
+    def __init__(
+        self,
+        init_tau: float = 2.0,
+        v_threshold: float | Tensor = 1.0,
+        surrogate: str | Surrogate = "atan",
+        **options: Any,
+    ) -> None:
+        init_tau = check_number("init_tau", init_tau)
+        if init_tau <= 1:
+            raise ValueError(f"init_tau must be above 1, got {init_tau}")
+        for option in ("decay", "scale", "learn", "channels"):
+            if option in options:
+                raise TypeError(f"PLIFLayer has one learned parameter, from init_tau, and takes no {option}")
+        super().__init__(1 - 1 / init_tau, v_threshold, surrogate, scale=1 / init_tau, **options)
+        self.w = nn.Parameter(torch.tensor(-math.log(init_tau - 1)))
+
+    def values(self) -> dict[str, Tensor]:
+        k = self.w.double().sigmoid()
+        return {**super().values(), "decay": 1 - k, "scale": k}
+
+    def _parameters_given(self) -> dict[str, Any]:
+        return {**super()._parameters_given(), **self.values()}
+
+    def _constants(self) -> dict[str, Any]:
+        return {option: value for option, value in super()._constants().items() if option not in ("decay", "scale")}
 
 
 def _weight(shape: Sequence[int]) -> nn.Parameter:
@@ -214,7 +423,7 @@ def _weight(shape: Sequence[int]) -> nn.Parameter:
     return nn.Parameter(torch.zeros(sizes))
 
 
-class NeuNorm(_Layer):
+class NeuNorm(ConstantsLayer):
     """Neuron normalisation of spikes; :func:`stbp_cuda.functional.neunorm` as a module, and described there.
 
     Args:
@@ -239,7 +448,7 @@ class NeuNorm(_Layer):
         self.weight = _weight(shape)
         self.decay = functional.check_norm(decay, scaling, "decay")
         self.scaling: Literal["1/F", "1/F^2"] = scaling
-        self.steps = None if steps is None else functional.check_steps(steps)
+        self.steps = None if steps is None else check_steps(steps)
 
     def _constants(self) -> dict[str, Any]:
         return {"norm_decay": self.decay, "scaling": self.scaling}  # named as those of NeuNormLIF
@@ -286,6 +495,9 @@ class NeuNormLIF(LIFLayer):
         learn_decays: bool = False,
         **options: Unpack[functional.NeuronOptions],
     ) -> None:
+        unexpected = [option for option in options if option not in functional.NeuronOptions.__annotations__]
+        if unexpected:
+            raise unexpected_keyword(type(self).__name__, unexpected)
         super().__init__(decay, v_threshold, surrogate, **options)
         self.weight = _weight(shape)
         self.norm_decay = functional.check_norm(norm_decay, scaling)
@@ -297,9 +509,20 @@ class NeuNormLIF(LIFLayer):
                     raise ValueError(f"{name} must lie between 0 and 1 where it is learned, got {value}")
             self.decay_logits = nn.Parameter(torch.logit(torch.tensor([self.decay, self.norm_decay])))
 
-    def _check(self) -> functional.Checked:
+    _more_options = ("norm_decay", "scaling")
+
+    def _check(self) -> Call:
         functional.check_norm(self.norm_decay, self.scaling)
-        return super()._check()
+        call = super()._check()
+        for name in ("decay", "v_threshold"):
+            if isinstance(getattr(self, name), Tensor):
+                raise TypeError(f"{name} of NeuNormLIF must be a number, got a tensor")
+        neutral = {"subtract": None, "scale": 1, "shift": 0, "time_dim": 0}
+        for name, value in neutral.items():
+            given = getattr(self, name)
+            if isinstance(given, Tensor) or given != value:
+                raise ValueError(f"{name} of NeuNormLIF must be {value}, got {given!r}")
+        return call
 
     def _constants(self) -> dict[str, Any]:
         constants = {**super()._constants(), "norm_decay": self.norm_decay, "scaling": self.scaling}
@@ -319,16 +542,17 @@ class NeuNormLIF(LIFLayer):
             node = fx_module(self, x)
             if node is not None:
                 return node
-        decay: float | Tensor
+        decay: Any
         norm_decay: float | Tensor
         decay, norm_decay = self.decay, self.norm_decay
         if self.decay_logits is not None:
             decay, norm_decay = self.decay_logits.sigmoid().unbind()
         if not isinstance(x, Tensor):
-            options = {**self._options(), "decay": decay, "norm_decay": norm_decay, "scaling": self.scaling}
+            options = {name: self._options()[name] for name in functional.NeuronOptions.__annotations__}
+            options.update(v_threshold=self.v_threshold, surrogate=self.surrogate)
+            options.update(decay=decay, norm_decay=norm_decay, scaling=self.scaling)
             return functional.neunorm_lif(x, self.weight, **options)  # where torch.fx traces this layer alone
-        checked = self._checked or self._check()
-        return functional.run_neunorm(x, self.weight, checked, decay, norm_decay, self.scaling == "1/F^2")
+        return functional.run_neunorm(x, self.weight, self._checked(), decay, norm_decay, self.scaling == "1/F^2")
 
     def extra_repr(self) -> str:
         learned = self.decay_logits is not None

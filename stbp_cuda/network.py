@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import encoding
 from .checks import check_flag, check_fraction, check_integer, check_sizes
-from .functional import check_steps
+from .engine import check_steps
 from .layers import LIFLayer, NeuNormLIF
 from .modules import Dropout, Voting, fold_time
 from .surrogate import Surrogate
@@ -163,9 +163,13 @@ class Network(nn.Module):
             same = f", the same at each of {self.steps} steps" if constant else ""
             raise ValueError(f"x must be of shape [{axes}]{same}; got {tuple(x.shape)}")
         for name, module in self.layers.named_children():
-            if name == "lif1" and self.steps is not None:
-                x = _repeat(x, self.steps)
+            if constant and name == "lif1":
                 constant = False
+                if isinstance(module, LIFLayer) and not isinstance(module, NeuNormLIF):
+                    x = module(x, constant=True)
+                else:
+                    x = module(_repeat(x, self.steps))  # type: ignore[arg-type]
+                continue
             folds = isinstance(module, nn.Conv2d | nn.AvgPool2d) and not constant
             x = fold_time(module, x) if folds else module(x)
         return x
@@ -317,14 +321,14 @@ def network(
             if token in normalised:
                 add(token, "lif", shape, NeuNormLIF(shape, norm_decay=norm_decay, scaling=scaling, **neuron))
             else:
-                add(token, "lif", shape, LIFLayer(**neuron))
+                add(token, "lif", shape, LIFLayer(steps=None if numbers["lif"] else steps, **neuron))
         else:
             if len(shape) > 1:
                 shape, start = (math.prod(shape),), -len(shape)
                 add(token, "flatten", shape, nn.Flatten(start))
             inputs, shape = shape[0], token.numbers or (classes * voters,)
             add(token, "fc", shape, nn.Linear(inputs, shape[0], bias))
-            add(token, "lif", shape, LIFLayer(**neuron))
+            add(token, "lif", shape, LIFLayer(steps=None if numbers["lif"] else steps, **neuron))
             if token.kind == "voting":
                 add(token, "voting", (classes,), Voting(classes))
     return Network(notation, sizes, steps, layers)

@@ -1,7 +1,7 @@
 """The compiled operators, and the shapes of their outputs for ``torch.compile`` and ``torch.export``.
 
-``torch.ops.stbp_cuda.lif_forward``, ``lif_backward`` and their like with normalisation are defined in ``csrc/torch/schema.cpp``,
-with one implementation per device. Their gradients are in ``autograd.py``.
+``torch.ops.stbp_cuda.neuron_forward``, ``neuron_backward`` and their like with normalisation are defined in
+``csrc/torch/schema.cpp``, with one implementation per device. Their gradients are in ``autograd.py``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from .surrogate import Surrogate
 
 try:
     from . import _C
@@ -30,45 +28,18 @@ __all__ = [
     "build_info",
     "chunk",
     "fused_backend_problem",
-    "neuron_text",
     "state_dtype",
-    "switches",
 ]
 
-lif_forward = torch.ops.stbp_cuda.lif_forward.default
-lif_backward = torch.ops.stbp_cuda.lif_backward.default
+neuron_forward = torch.ops.stbp_cuda.neuron_forward.default
+neuron_backward = torch.ops.stbp_cuda.neuron_backward.default
 neunorm_lif_forward = torch.ops.stbp_cuda.neunorm_lif_forward.default
 neunorm_lif_backward = torch.ops.stbp_cuda.neunorm_lif_backward.default
 # The same, without what costs time: csrc/torch/schema.cpp.
-eager_lif_forward = torch.ops.stbp_cuda._lif_forward.default
-eager_lif_backward = torch.ops.stbp_cuda._lif_backward.default
+eager_neuron_forward = torch.ops.stbp_cuda._neuron_forward.default
+eager_neuron_backward = torch.ops.stbp_cuda._neuron_backward.default
 eager_neunorm_lif_forward = torch.ops.stbp_cuda._neunorm_lif_forward.default
 eager_neunorm_lif_backward = torch.ops.stbp_cuda._neunorm_lif_backward.default
-
-
-def switches(
-    *,
-    soft_reset: bool,
-    detach_reset: bool,
-    spatial_only: bool,
-    strict_threshold: bool,
-    smooth: bool,
-    surrogate: Surrogate,
-    **numbers: float,
-) -> str:
-    """The options of a neuron that are no numbers, as :func:`neuron_text` has them."""
-    return (
-        f"reset={'soft' if soft_reset else 'hard'} detach_reset={detach_reset:d} spatial_only={spatial_only:d} "
-        f"strict_threshold={strict_threshold:d} smooth={smooth:d} surrogate={surrogate.name}"
-    )
-
-
-def neuron_text(switches: str, decay: float, v_threshold: float, v_reset: float, width: float) -> str:
-    """The operators' argument ``neuron``: all options in one string; ten arguments would each slow every call."""
-    return (
-        f"lif decay={float(decay)!r} v_threshold={float(v_threshold)!r} v_reset={float(v_reset)!r} "
-        f"width={float(width)!r} {switches}"
-    )
 
 
 VERSION = importlib.metadata.version("stbp_cuda")
@@ -134,56 +105,138 @@ def build_info() -> dict[str, Any]:
     }
 
 
-def _is_dense_and_time_major(x: Tensor, steps: int) -> bool:
-    order = sorted((d for d in range(x.dim()) if x.size(d) != 1), key=x.stride)
-    expected = 1
-    for d in order:
-        if x.stride(d) != expected:
-            return False
-        expected = expected * x.size(d)
-    return steps == 1 or not order or order[-1] == 0
+class _InputShape:
+    """The shape and memory order that the input shares with the other tensors of a call; as in csrc/torch/checks.h."""
+
+    def __init__(self, x: Tensor, steps: int, time_dim: int, constant: bool, samples_apart: bool) -> None:
+        self.like, self.steps, self.time_dim, self.constant = x, steps, time_dim, constant
+        self.sizes, self.strides = list(x.shape), list(x.stride())
+        if constant:
+            self.sizes.insert(time_dim, steps)
+            self.strides.insert(time_dim, 0)
+        self.neurons = math.prod(self.sizes) // steps
+        if not self._is_dense() or (samples_apart and not self._samples_are_apart()):
+            self.strides = [math.prod(max(size, 1) for size in self.sizes[d + 1 :]) for d in range(len(self.sizes))]
+
+    def _is_dense(self) -> bool:
+        if self.neurons == 0:
+            return True
+        times = [self.time_dim] if self.constant else []
+        dims = (d for d in range(len(self.sizes)) if d not in times and self.sizes[d] != 1)
+        order = sorted(dims, key=self.strides.__getitem__)
+        expected = 1
+        for d in order:
+            if self.strides[d] != expected:
+                return False
+            expected = expected * self.sizes[d]
+        if self.time_dim == 0 and self.steps == 1:
+            return True
+        for outermost in range(self.time_dim + 1):
+            if self.sizes[outermost] == 1 or outermost in times:
+                continue
+            if not order or order.pop() != outermost:
+                return False
+        return True
+
+    def _samples_are_apart(self) -> bool:
+        batch = 1 - self.time_dim
+        return all(
+            self.sizes[d] == 1 or self.sizes[batch] == 1 or self.strides[d] <= self.strides[batch]
+            for d in range(2, len(self.sizes))
+        )
+
+    def empty(self, count: int, dtype: torch.dtype) -> Tensor:
+        """An empty tensor that has ``count`` entries where the input has ``steps``."""
+        sizes, strides = list(self.sizes), list(self.strides)
+        sizes[self.time_dim] = self.sizes[self.time_dim] // self.steps * count
+        if self.time_dim == 1:
+            strides[1] = self.neurons // self.sizes[0] if self.sizes[0] > 0 else 1
+            strides[0] = strides[1] * count
+        elif self.constant:
+            strides[0] = self.neurons
+        return self.like.new_empty_strided(sizes, strides, dtype=dtype)
+
+    def empty_input(self) -> Tensor:
+        """An empty tensor like the input."""
+        if not self.constant:
+            return self.empty(self.steps, self.like.dtype)
+        return self.empty(1, self.like.dtype).squeeze(self.time_dim)
 
 
-def _empty(x: Tensor, steps: int, count: int | None, dtype: torch.dtype) -> Tensor:
-    """An empty tensor in the memory order of ``x``; for each ``steps`` entries of ``x``, ``count`` (None: as many)."""
-    dense = x if x.numel() == 0 or _is_dense_and_time_major(x, steps) else x.contiguous()
-    size = [x.size(0) if count is None else x.size(0) // steps * count, *x.shape[1:]]
-    return x.new_empty_strided(size, dense.stride(), dtype=dtype)
-
-
-def _fake_lif_forward(
+def _fake_neuron_forward(
     x: Tensor,
-    initial_potential: Tensor | None,
+    initial: Tensor | None,
+    parameters: Tensor | None,
+    lengths: Tensor | None,
     steps: int,
+    time_dim: int,
+    constant: bool,
     neuron: str,
     numbers: Tensor | None,
-    return_potential: bool,
+    potentials: int,
+    return_output: bool,
+    return_final: bool,
     save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     state = state_dtype(x.dtype)
+    shape = _InputShape(x, steps, time_dim, constant, parameters is not None or lengths is not None)
+    saved = (steps - 1) // chunk(x.device.type) if save_states else 0
     return (
-        _empty(x, steps, None, x.dtype),
-        _empty(x, steps, 1, state) if return_potential else x.new_empty(0, dtype=state),
-        _empty(x, steps, (steps - 1) // chunk(x.device.type) if save_states else 0, state),
+        shape.empty(steps, x.dtype) if return_output else x.new_empty(0),
+        shape.empty(1, state) if return_final else x.new_empty(0, dtype=state),
+        shape.empty(steps, state) if potentials else x.new_empty(0, dtype=state),
+        shape.empty(saved, state),
     )
 
 
-def _fake_lif_backward(
-    grad_spikes: Tensor,
+def _fake_neuron_backward(
+    grad_output: Tensor | None,
     grad_final: Tensor | None,
+    grad_potentials: Tensor | None,
     x: Tensor,
-    initial_potential: Tensor | None,
+    initial: Tensor | None,
+    parameters: Tensor | None,
+    lengths: Tensor | None,
     states: Tensor,
     steps: int,
+    time_dim: int,
+    constant: bool,
     neuron: str,
     numbers: Tensor | None,
+    potentials: int,
+    return_grad_initial: bool,
+    return_grad_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = state_dtype(x.dtype)
+    shape = _InputShape(x, steps, time_dim, constant, parameters is not None or lengths is not None)
+    return (
+        shape.empty_input(),
+        shape.empty(1, state) if return_grad_initial else x.new_empty(0, dtype=state),
+        x.new_empty(parameters.shape if return_grad_parameters and parameters is not None else 0, dtype=state),
+    )
+
+
+def _fake_eager_neuron_forward(
+    x: Tensor, initial: Tensor | None, steps: int, time_dim: int, neuron: str, return_final: bool, save_states: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = (x, initial, None, None, steps, time_dim, False, neuron, None, 0, True, return_final, save_states)
+    output, final, _, states = _fake_neuron_forward(*call)
+    return output, final, states
+
+
+def _fake_eager_neuron_backward(
+    grad_output: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    initial: Tensor | None,
+    states: Tensor,
+    steps: int,
+    time_dim: int,
+    neuron: str,
     return_grad_initial: bool,
 ) -> tuple[Tensor, Tensor]:
-    state = state_dtype(x.dtype)
-    return (
-        _empty(x, steps, None, x.dtype),
-        _empty(x, steps, 1, state) if return_grad_initial else x.new_empty(0, dtype=state),
-    )
+    call = (None, None, states, steps, time_dim, False, neuron, None, 0, return_grad_initial, False)
+    return _fake_neuron_backward(grad_output, grad_final, None, x, initial, *call)[:2]
 
 
 def _features_innermost(x: Tensor, last: int) -> bool:
@@ -252,12 +305,12 @@ def _without_numbers(fake: Callable[..., Any], place: int, *more: Any) -> Callab
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
-    "lif_forward": _fake_lif_forward,
-    "lif_backward": _fake_lif_backward,
+    "neuron_forward": _fake_neuron_forward,
+    "neuron_backward": _fake_neuron_backward,
     "neunorm_lif_forward": _fake_neunorm_lif_forward,
     "neunorm_lif_backward": _fake_neunorm_lif_backward,
-    "_lif_forward": _without_numbers(_fake_lif_forward, 4),
-    "_lif_backward": _without_numbers(_fake_lif_backward, 7),
+    "_neuron_forward": _fake_eager_neuron_forward,
+    "_neuron_backward": _fake_eager_neuron_backward,
     "_neunorm_lif_forward": _without_numbers(_fake_neunorm_lif_forward, 5, True),
     "_neunorm_lif_backward": _without_numbers(_fake_neunorm_lif_backward, 9),
 }

@@ -1,97 +1,69 @@
 """The specification: neurons as plain loops over time, differentiated by autograd.
 
 Everything else in this package must agree with it. It is meant to be read, and to run where no fused kernel can. No
-tensor is divided by a Python number here or in surrogate.py: on CUDA torch multiplies by the reciprocal instead, which
-rounds differently from a division on the CPU.
+tensor is divided by a Python number here, in neurons.py or in surrogate.py: on CUDA torch multiplies by the reciprocal
+instead, which rounds differently from a division on the CPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .surrogate import Surrogate
+from .neurons import Neuron
 
-__all__ = ["lif", "neunorm"]
-
-
-def refuse_forward_ad(ctx: Any, *tangents: Any) -> Any:
-    """The ``jvp`` of every function of this package."""
-    raise RuntimeError(
-        "stbp_cuda has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad), only "
-        "the gradient of the backward pass: use torch.func.vjp, jacrev or grad"
-    )
+__all__ = ["neunorm", "run"]
 
 
-class _Spike(torch.autograd.Function):
-    """The Heaviside step forward, the surrogate's derivative backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(u: Tensor, v_threshold: float, strict: bool, surrogate: Surrogate) -> Tensor:
-        fired = u > v_threshold if strict else u >= v_threshold
-        return fired.to(u.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        u, ctx.v_threshold, _, ctx.surrogate = inputs
-        ctx.save_for_backward(u)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (u,) = ctx.saved_tensors
-        return grads[0] * ctx.surrogate.derivative(u - ctx.v_threshold), None, None, None
-
-    jvp = staticmethod(refuse_forward_ad)
-
-
-def lif(
+def run(
+    neuron: Neuron,
     x: Tensor,
     initial_potential: Tensor | None,
-    *,
-    decay: float | Tensor,
-    v_threshold: float,
-    v_reset: float,
-    soft_reset: bool,
-    detach_reset: bool,
-    spatial_only: bool,
-    strict_threshold: bool,
-    smooth: bool,
-    surrogate: Surrogate,
-) -> tuple[Tensor, Tensor]:
-    """Leaky integrate-and-fire over all steps of ``x``, as in Eqs. 3-8 of arXiv:1706.02609 ::
-
-        u[t] = decay * v[t-1] + x[t]
-        o[t] = 1 if u[t] >= v_threshold else 0
-        v[t] = u[t] * (1 - o[t]) + v_reset * o[t]     hard reset
-        v[t] = u[t] - v_threshold * o[t]              soft reset
+    parameters: Mapping[str, Any],
+    lengths: Tensor | None = None,
+    after_reset: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A neuron over all steps of ``x``.
 
     Args:
-        x: input current ``[T, ...]``, any floating dtype.
-        initial_potential: ``v[0]`` of shape ``[...]``, or None for zeros.
-        others: as in :func:`stbp_cuda.functional.lif`, which checks them.
+        neuron: its options, and numbers for the parameters that are not given.
+        x: input current ``[T, B, ...]``, any floating dtype.
+        initial_potential: ``v[0]`` of shape ``[B, ...]``, or None for zeros.
+        parameters: those of the neuron, and ``scale`` and ``shift`` of its current, ``scale * x[t] + shift``; numbers,
+            or tensors that broadcast to ``x[t]``. Of scale and shift a list of such tensors, one for each step.
+        lengths: ``[B]`` the steps of each sample: after them its output and potentials are 0, and its state stays.
+        after_reset: which potentials to return.
 
     Returns:
-        The spikes, of ``x``'s shape and dtype, and the final potential ``v[T]`` of shape ``[...]``. Potentials are
-        float64 for float64 input, else float32.
+        The output, of ``x``'s shape and dtype, the final potential ``v[T]`` of shape ``[B, ...]``, and the potentials
+        of all steps. Potentials are float64 for float64 input, else float32.
     """
     state = torch.float64 if x.dtype == torch.float64 else torch.float32
+    own = {name: parameters.get(name, getattr(neuron, name)) for name in neuron.parameters}
+    affine = "scale" in parameters or "shift" in parameters
+    scale, shift = parameters.get("scale", 1.0), parameters.get("shift", 0.0)
     v = torch.zeros_like(x[0], dtype=state) if initial_potential is None else initial_potential.to(state)
-    spikes = []
-    for current in x:
-        u = decay * (v.detach() if spatial_only else v) + current.to(state)
-        o = (
-            surrogate.antiderivative(u - v_threshold)
-            if smooth
-            else _Spike.apply(u, v_threshold, strict_threshold, surrogate)
-        )
-        reset_by = o.detach() if detach_reset else o
-        v = u - v_threshold * reset_by if soft_reset else u * (1 - reset_by) + v_reset * reset_by
-        spikes.append(o.to(x.dtype))
-    return torch.stack(spikes), v
+    outputs, potentials = [], []
+    for t, current in enumerate(x.to(state)):
+        if lengths is not None:
+            ended = (lengths <= t).view(-1, *[1] * (v.dim() - 1))
+            current = current.masked_fill(ended, 0)  # padding may be anything, NaN too
+        if affine:
+            current = (scale[t] if isinstance(scale, list) else scale) * current + (
+                shift[t] if isinstance(shift, list) else shift
+            )
+        o, u, after = neuron.reference_step(own, v, current)
+        potential = after if after_reset else u
+        if lengths is not None:
+            o, potential = o.masked_fill(ended, 0), potential.masked_fill(ended, 0)
+            after = torch.where(ended, v, after)
+        v = after
+        outputs.append(o.to(x.dtype))
+        potentials.append(potential)
+    return torch.stack(outputs), v, torch.stack(potentials)
 
 
 def neunorm(spikes: Tensor, weight: Tensor, *, decay: float | Tensor, squared: bool) -> Tensor:

@@ -4,8 +4,9 @@ The spike is ``o = H(s)`` with ``s = potential - v_threshold``. Each surrogate h
 
 * ``width``, the parameter ``a`` of the paper (arXiv:1706.02609, Eqs. 23-26), in units of the potential, or of its
   square or inverse square root as the formulas say;
-* ``derivative(s)``, of unit area, which takes the place of ``dH/ds`` in the backward pass;
-* ``antiderivative(s)``, rising from 0 to 1: the smooth spike that gradients are checked with.
+* ``gain``, a factor of all of it: the area under the derivative, which is 1 by default;
+* ``derivative(s)``, which takes the place of ``dH/ds`` in the backward pass;
+* ``antiderivative(s)``, rising from 0 to the gain: the smooth spike that gradients are checked with.
 
 ``csrc/neurons/surrogate.h`` holds the same formulas for the fused kernels.
 """
@@ -13,13 +14,14 @@ The spike is ``o = H(s)`` with ``s = potential - v_threshold``. Each surrogate h
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .checks import check_number
+from .checks import check_fraction, check_number
 from .other_libraries import WIDTHS, surrogate_advice
 
 if TYPE_CHECKING:
@@ -30,10 +32,12 @@ __all__ = [
     "Atan",
     "FastSigmoid",
     "Gaussian",
+    "MultiGaussian",
     "Polynomial",
     "Rectangular",
     "Sigmoid",
     "Surrogate",
+    "Triangle",
     "resolve_surrogate",
 ]
 
@@ -44,15 +48,18 @@ class Surrogate:
 
     Args:
         width: the parameter ``a``, from 1e-30 to 1e30, so that float32 holds what the formulas make of it. Default 1.
+        gain: what the derivative is multiplied by, up to 1e6. Default 1. A surrogate whose derivative is 1 at the
+            threshold, as in much published code, has the inverse of the height that the formulas give.
 
     Raises:
-        TypeError: ``width`` is not a number.
-        ValueError: ``width`` is out of range.
+        TypeError: ``width`` or ``gain`` is not a number.
+        ValueError: one of them is out of range.
     """
 
     name: ClassVar[str]
 
     width: float = 1.0
+    gain: float = 1.0
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         for option in options.keys() & WIDTHS.get(cls.__name__, {}).keys() - cls.__dataclass_fields__.keys():
@@ -63,13 +70,15 @@ class Surrogate:
     def __post_init__(self) -> None:
         width = check_number("width", self.width, 1e-30, 1e30, "lie in [1e-30, 1e30]")
         object.__setattr__(self, "width", width)
+        gain = check_number("gain", self.gain, 1e-6, 1e6, "lie in [1e-6, 1e6]")
+        object.__setattr__(self, "gain", gain)
 
     def derivative(self, s: Tensor) -> Tensor:
         """The surrogate derivative at ``s = potential - v_threshold``; any shape, elementwise."""
         raise NotImplementedError
 
     def antiderivative(self, s: Tensor) -> Tensor:
-        """The smooth spike at ``s = potential - v_threshold``; any shape, elementwise, from 0 to 1."""
+        """The smooth spike at ``s = potential - v_threshold``; any shape, elementwise, from 0 to the gain."""
         raise NotImplementedError
 
 
@@ -80,10 +89,10 @@ class Rectangular(Surrogate):
     name: ClassVar[str] = "rectangular"
 
     def derivative(self, s: Tensor) -> Tensor:
-        return (s.abs() < self.width / 2).to(s.dtype) * (1 / self.width)
+        return (s.abs() < self.width / 2).to(s.dtype) * (self.gain / self.width)
 
     def antiderivative(self, s: Tensor) -> Tensor:
-        return (s * (1 / self.width) + 0.5).clamp(0, 1)
+        return self.gain * (s * (1 / self.width) + 0.5).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -93,13 +102,14 @@ class Polynomial(Surrogate):
     name: ClassVar[str] = "polynomial"
 
     def derivative(self, s: Tensor) -> Tensor:
-        triangle = math.sqrt(self.width) / 2 - (self.width / 4) * s.abs()
+        triangle = self.gain * (math.sqrt(self.width) / 2) - self.gain * (self.width / 4) * s.abs()
         return torch.where(s.abs() < 2 / math.sqrt(self.width), triangle, 0.0)
 
     def antiderivative(self, s: Tensor) -> Tensor:
         end = 2 / math.sqrt(self.width)
         inside = s.clamp(-end, end)
-        return 0.5 + inside * (math.sqrt(self.width) / 2 - (self.width / 8) * inside.abs())
+        rising = self.gain * (math.sqrt(self.width) / 2) - self.gain * (self.width / 8) * inside.abs()
+        return self.gain / 2 + inside * rising
 
 
 @dataclass(frozen=True)
@@ -111,10 +121,18 @@ class Sigmoid(Surrogate):
     def derivative(self, s: Tensor) -> Tensor:
         # Even in s: the exponential of -|s| cannot overflow and loses no digits in the tails.
         e = torch.exp(-s.abs() * (1 / self.width))
-        return (1 / self.width) * (e / (1 + e).square())
+        return (self.gain / self.width) * (e / (1 + e).square())
 
     def antiderivative(self, s: Tensor) -> Tensor:
-        return torch.sigmoid(s * (1 / self.width))
+        return self.gain * torch.sigmoid(s * (1 / self.width))
+
+
+def _density(s: Tensor, variance: float, gain: float) -> Tensor:
+    return torch.exp(-s.square() * (1 / (2 * variance))) * (gain / math.sqrt(2 * math.pi * variance))
+
+
+def _distribution(s: Tensor, variance: float, gain: float) -> Tensor:
+    return (gain / 2) * torch.erfc(-s * (1 / math.sqrt(2 * variance)))
 
 
 @dataclass(frozen=True)
@@ -124,10 +142,10 @@ class Gaussian(Surrogate):
     name: ClassVar[str] = "gaussian"
 
     def derivative(self, s: Tensor) -> Tensor:
-        return torch.exp(-s.square() * (1 / (2 * self.width))) * (1 / math.sqrt(2 * math.pi * self.width))
+        return _density(s, self.width, self.gain)
 
     def antiderivative(self, s: Tensor) -> Tensor:
-        return 0.5 * torch.erfc(-s * (1 / math.sqrt(2 * self.width)))
+        return _distribution(s, self.width, self.gain)
 
 
 @dataclass(frozen=True)
@@ -137,27 +155,77 @@ class Atan(Surrogate):
     name: ClassVar[str] = "atan"
 
     def derivative(self, s: Tensor) -> Tensor:
-        return (1 / self.width) / (1 + (s * (math.pi / self.width)).square())
+        return (self.gain / self.width) / (1 + (s * (math.pi / self.width)).square())
 
     def antiderivative(self, s: Tensor) -> Tensor:
-        return 0.5 + torch.atan(s * (math.pi / self.width)) * (1 / math.pi)
+        return self.gain * (0.5 + torch.atan(s * (math.pi / self.width)) * (1 / math.pi))
 
 
 @dataclass(frozen=True)
 class FastSigmoid(Surrogate):
-    """``h(s) = (1/a) / (1 + 2|s|/a)^2``. The ``slope`` of snnTorch's fast_sigmoid is ``2 / a``; its height is 1."""
+    """``h(s) = (1/a) / (1 + 2|s|/a)^2``. snnTorch's fast_sigmoid of a ``slope`` is
+    ``FastSigmoid(2 / slope, gain=2 / slope)``."""
 
     name: ClassVar[str] = "fast_sigmoid"
 
     def derivative(self, s: Tensor) -> Tensor:
-        return (1 / self.width) / (1 + s.abs() * (2 / self.width)).square()
+        return (self.gain / self.width) / (1 + s.abs() * (2 / self.width)).square()
 
     def antiderivative(self, s: Tensor) -> Tensor:
-        return 0.5 + 0.5 * (s / (self.width / 2 + s.abs()))
+        return self.gain / 2 + (self.gain / 2) * (s / (self.width / 2 + s.abs()))
+
+
+@dataclass(frozen=True)
+class MultiGaussian(Surrogate):
+    """``(1 + b) G(s; 0, a) - b G(s; sqrt(a), c^2 a) - b G(s; -sqrt(a), c^2 a)``, with ``G(s; m, v)`` the normal density
+    of mean ``m`` and variance ``v``: negative at a distance (Yin et al., arXiv:2103.12593). Their code is
+    ``MultiGaussian(0.25, gain=0.5)``.
+
+    Args:
+        width, gain: as for all; the area is ``(1 - b)`` times the gain.
+        height: ``b``, from 0 to 1. Default 0.15.
+        scale: ``c``, from 1e-3 to 1e3. Default 6.
+    """
+
+    name: ClassVar[str] = "multi_gaussian"
+
+    height: float = 0.15
+    scale: float = 6.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "height", check_fraction("height", self.height))
+        object.__setattr__(self, "scale", check_number("scale", self.scale, 1e-3, 1e3, "lie in [1e-3, 1e3]"))
+
+    def _of(self, normal: Callable[[Tensor, float, float], Tensor], s: Tensor) -> Tensor:
+        distance, wide = math.sqrt(self.width), self.width * self.scale**2
+        sides = normal(s - distance, wide, self.gain) + normal(s + distance, wide, self.gain)
+        return (1 + self.height) * normal(s, self.width, self.gain) - self.height * sides
+
+    def derivative(self, s: Tensor) -> Tensor:
+        return self._of(_density, s)
+
+    def antiderivative(self, s: Tensor) -> Tensor:
+        return self._of(_distribution, s)
+
+
+def Triangle(half_width: float = 1.0, gain: float = 1.0) -> Polynomial:  # noqa: N802
+    """The triangle that is 0 from a distance of ``half_width`` from the threshold on, and ``gain / half_width`` high: a
+    :class:`Polynomial` of width ``4 / half_width**2``.
+
+    Args:
+        half_width: from 1e-14 to 1e14. Default 1.
+        gain: as for all surrogates.
+
+    Raises:
+        TypeError, ValueError: one of them is not a number, or out of range.
+    """
+    half_width = check_number("half_width", half_width, 1e-14, 1e14, "lie in [1e-14, 1e14]")
+    return Polynomial(4 / half_width**2, gain)
 
 
 SURROGATES: dict[str, type[Surrogate]] = {
-    cls.name: cls for cls in (Rectangular, Polynomial, Sigmoid, Gaussian, Atan, FastSigmoid)
+    cls.name: cls for cls in (Rectangular, Polynomial, Sigmoid, Gaussian, Atan, FastSigmoid, MultiGaussian)
 }
 
 

@@ -22,26 +22,17 @@ hypothesis.settings.load_profile(os.environ.get("STBP_CUDA_HYPOTHESIS", "default
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 
 
-# pytest-xdist gives all tests of these files to one process, as they share what a fixture of theirs compiles, and each
-# other test to whichever process is free.
-COMPILE_ONCE = ("test_compiled", "test_cuda_stand_in", "test_mutants")
-
-
 def pytest_configure(config: pytest.Config) -> None:
+    # With pytest-xdist all tests of a file go to one process, as those of some share what a fixture compiles.
     if getattr(config.option, "dist", None) == "load":  # what -n alone means
-        config.option.dist = "loadgroup"
+        config.option.dist = "loadfile"
     # A shell lets what it starts in the background ignore SIGINT, and processes that tests start and interrupt inherit
     # that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if item.path.stem in COMPILE_ONCE:
-                item.add_marker(pytest.mark.xdist_group(item.path.stem))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

@@ -47,6 +47,7 @@ def network_of_all_layers() -> nn.Sequential:
         stbp_cuda.Dropout(0.0),
         nn.Flatten(2),
         stbp_cuda.network("144-20-Voting", (144,), v_threshold=0.1),
+        stbp_cuda.PLIFLayer(v_threshold=0.1),
     )
     assert {type(module) for module in net.modules()} >= set(OURS)
     return net

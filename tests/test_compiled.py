@@ -46,7 +46,7 @@ def test_packs_move_in_16_bytes(scalar: str, kernels: Kernels) -> None:
 def test_what_is_read() -> None:
     """From text like that of the tools."""
     neuron = "stbp::Lif<float, stbp::EitherReset, stbp::Heaviside, stbp::Rectangular<float> >"
-    signature = f"void stbp::cuda::lif_backward<4, float, {neuron} >(stbp::LifBackward<float>, {neuron})"
+    signature = f"void stbp::cuda::lif_backward<4, float, {neuron} >(stbp::NeuronBackward<float>, {neuron})"
     name, parameters, of = compiled.parse(signature) or ("", {}, "")
     assert (name, parameters) == ("lif_backward", {"width": 4})
     assert of == "Lif<float, EitherReset, Heaviside, Rectangular<float> >"
@@ -57,6 +57,8 @@ def test_what_is_read() -> None:
     tile = compiled.parse(f"void stbp::cuda::neunorm_forward<stbp::cuda::Tile<1, 4>, float, {neuron} >({neuron})")
     assert tile is not None
     assert tile[:2] == ("neunorm_forward", {"positions": 1, "features": 4})
+    sums = compiled.parse("void stbp::cuda::general_gradients<float>(stbp::Extras<float>, stbp::cuda::GeneralPlan)")
+    assert sums == ("general_gradients", {}, "float")
     code = """
         /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
         /*0010*/              @!P0 LDG.E.64.CONSTANT R8, desc[UR4][R2.64+0x10] ;

@@ -30,10 +30,10 @@ from test_lif import (
     cases,
     every_dtype,
     every_reset,
-    every_surrogate,
     random_tensors,
     run,
 )
+from test_neunorm import every_surrogate  # those that the kernels have here
 from torch import Tensor
 
 from stbp_cuda import ops
@@ -157,7 +157,7 @@ def run_stand_in(
     smooth: bool = False,
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """The results of ``test_lif.run`` from all kernels that can run so many steps and packs, with blocks of 128 threads
-    or fewer."""
+    or fewer; from the general kernels of packs and of single neurons; smooth spikes from these alone."""
     dtype = tensors[0].dtype
     state = ops.state_dtype(dtype)
     kernels = kernels_of(stand_in, dtype)
@@ -172,7 +172,14 @@ def run_stand_in(
         blocks = [-(-neurons // (plan.width * count)) for plan, count in zip(fit, threads, strict=True)]
         return [stand_in.Plan(plan.rows, plan.width, *rest) for plan, *rest in zip(fit, threads, blocks, strict=True)]
 
-    both = plans(False), plans(True)
+    def launch(io: Any, plan: Any) -> None:
+        if isinstance(plan, bool):
+            io.launch_general(options, plan)
+        else:
+            io.launch(options, plan)
+
+    general = [True, False]  # packs or not
+    both = [general if smooth else plans(backward) + general for backward in (False, True)]
     results = []
     for i in range(max(map(len, both))):
         there, back = (compiled[i % len(compiled)] for compiled in both)
@@ -182,14 +189,15 @@ def run_stand_in(
         grad_initial = None if initial is None else blank((neurons,), state)
 
         forward = kernels.Forward(steps, neurons, x, initial, spikes, potential, states)
-        forward.launch(options, there)
+        launch(forward, there)
         grad_final = last if case.final else None
         backward = kernels.Backward(steps, neurons, x, initial, states, gradient, grad_final, grad_x, grad_initial)
-        backward.launch(options, back)
-        assert forward.widest_pack() == backward.widest_pack() >= max(there.width, back.width)
+        launch(backward, back)
+        widths = [plan.width for plan in (there, back) if not isinstance(plan, bool)]
+        assert forward.widest_pack() == backward.widest_pack() >= max(widths, default=1)
 
         # Without the outputs that not every call needs.
-        kernels.Forward(steps, neurons, x, initial, spikes_alone, None, None).launch(options, there)
+        launch(kernels.Forward(steps, neurons, x, initial, spikes_alone, None, None), there)
         assert torch.equal(result(spikes_alone, dtype), result(spikes, dtype))
         if states is not None:
             assert not result(states, state).isnan().any()

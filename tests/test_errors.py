@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import stbp_cuda
-from stbp_cuda import functional, ops, other_libraries
+from stbp_cuda import engine, functional, ops, other_libraries
+from stbp_cuda.engine import BACKENDS
 from stbp_cuda.surrogate import SURROGATES, Atan, Surrogate
 
 SURROGATES_BY_CLASS = {cls.__name__: cls for cls in SURROGATES.values()}
@@ -24,7 +25,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"decay": 1.01}, ValueError, "decay must lie in [0, 1], got 1.01"),
     ({"decay": math.nan}, ValueError, "decay must be finite in float32, got nan"),
     ({"decay": "0.5"}, TypeError, "decay must be a number, got '0.5'"),
-    ({"decay": torch.tensor([0.5])}, TypeError, "decay must be a number, got tensor([0.5000])"),
+    ({"v_reset": torch.tensor([0.5])}, TypeError, "v_reset must be a number, got tensor([0.5000])"),
     ({"v_threshold": math.inf}, ValueError, "v_threshold must be finite in float32, got inf"),
     ({"v_threshold": 1e39}, ValueError, "v_threshold must be finite in float32, got 1e+39"),
     ({"v_threshold": 0.0}, ValueError, "v_threshold must lie above v_reset, got v_threshold=0.0, v_reset=0.0"),
@@ -197,7 +198,7 @@ def test_parameters_of_surrogates_are_translated(ours: str, theirs: str) -> None
         SURROGATES_BY_CLASS[ours](unknown=2.0)
 
 
-@pytest.mark.parametrize("backend", functional.BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("x", "options", "error", "message"),
     [
@@ -208,7 +209,7 @@ def test_parameters_of_surrogates_are_translated(ours: str, theirs: str) -> None
         (torch.tensor(1.0), {}, ValueError, "x must have a time dimension, [T, ...] or with steps=T [T*B, ...]"),
         (torch.zeros(0, 4), {}, ValueError, "x must have at least one time step in its first dimension, got shape (0,"),
         (X, {"steps": 4}, ValueError, "steps=4 must divide the first dimension of x, got shape (6, 4, 3)"),
-        (X, {"initial_potential": 0.5}, TypeError, "initial_potential must be a tensor or None, got float"),
+        (X, {"initial_potential": "0.5"}, TypeError, "initial_potential must be a tensor, a number or None, got str"),
         (
             X,
             {"initial_potential": torch.zeros(4)},
@@ -251,7 +252,7 @@ class Triangle(Surrogate):
 
 @pytest.fixture
 def never_warned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(engine, "_warned", set())
 
 
 @pytest.mark.usefixtures("never_warned")
@@ -307,7 +308,7 @@ def test_which_devices_the_kernels_run_on(
 
 def test_a_device_is_asked_once_what_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(functional, "_with_kernels", set())
+    monkeypatch.setattr(engine, "_with_kernels", set())
     monkeypatch.setattr(ops, "fused_backend_problem", asked.append)
     for _ in range(3):
         functional.lif(torch.empty(3, 4, device="meta"), backend="fused")

@@ -115,7 +115,7 @@ def test_export(strict: bool, device: str) -> None:
     program = torch.export.export(net, (x,), strict=strict)
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     targets = [str(node.target) for graph in graphs for node in graph.nodes]
-    assert targets.count("stbp_cuda.lif.default") == 2
+    assert targets.count("stbp_cuda.neuron.default") == 2
     with torch.no_grad():
         assert torch.equal(program.module()(x), net(x))
 
@@ -143,7 +143,14 @@ def test_copy_pickle_and_repr(surrogate: str, device: str) -> None:
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert repr(twin) == repr(layer)
         assert torch.equal(twin(x), layer(x))
-    for part in ("decay=0.3", "v_threshold=0.9", "(width=2.0)", "reset='soft'", "strict_threshold=True", "steps=4"):
+    for part in (
+        "decay=0.3",
+        "v_threshold=0.9",
+        "(width=2.0, gain=1.0",
+        "reset='soft'",
+        "strict_threshold=True",
+        "steps=4",
+    ):
         assert part in repr(layer)
 
 
@@ -291,7 +298,7 @@ def test_constants_are_no_parameters() -> None:
     mean = torch.optim.swa_utils.AveragedModel(net)
     mean.update_parameters(net)
     mean.module.load_state_dict(net.state_dict())
-    assert {value.numel() for name, value in net.state_dict().items() if name.endswith("_extra_state")} == {256}
+    assert {value.numel() for name, value in net.state_dict().items() if name.endswith("_extra_state")} == {512}
     with torch.device("meta"):
         assert torch.equal(stbp_cuda.LIFLayer().state_dict()["_extra_state"], stbp_cuda.LIFLayer().get_extra_state())
 
@@ -476,3 +483,21 @@ def test_on_a_device_that_is_not_the_current_one() -> None:
         pytest.skip("one GPU")
     x = torch.randn(5, 1000, device="cuda:1")
     assert torch.equal(functional.lif(x, backend="fused"), functional.lif(x, backend="reference"))
+
+
+def test_learned_parameters_start_where_they_are_told_and_get_gradients() -> None:
+    layer = stbp_cuda.LIFLayer(0.9, 1.0, learn=("decay", "v_threshold", "shift"), channels=3)
+    assert {name: value.shape for name, value in layer.named_parameters()} == dict.fromkeys(
+        ("learned.decay", "learned.v_threshold", "learned.shift"), (3,)
+    )
+    x = torch.randn(9, 4, 3)
+    assert torch.equal(layer(x), stbp_cuda.LIFLayer(0.9, 1.0)(x))
+    layer(x).sum().backward()
+    assert all(parameter.grad.all() for parameter in layer.parameters())
+    assert stbp_cuda.LIFLayer().learned == {}
+
+
+def test_a_learned_parameter_is_relative_to_its_start_which_a_checkpoint_knows() -> None:
+    state = stbp_cuda.LIFLayer(0.9, learn=("decay", "shift"), shift=0.5).state_dict()
+    with pytest.warns(UserWarning, match=r"was trained with decay=0.9; here it is decay=0.5"):
+        stbp_cuda.LIFLayer(0.5, learn=("decay", "shift")).load_state_dict(state)

@@ -9,15 +9,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stbp_cuda import functional, ops
-from stbp_cuda.surrogate import SURROGATES
+from stbp_cuda import engine, functional, ops
+from stbp_cuda.neurons import RESETS
+from stbp_cuda.surrogate import SURROGATES, MultiGaussian
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in functional.DTYPES}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in engine.DTYPES}
 EXACT = ("rectangular", "polynomial", "atan", "fast_sigmoid")  # free of transcendental functions
 CHUNK = ops.chunk("cpu")
 
 every_surrogate = pytest.mark.parametrize("surrogate", SURROGATES)
-every_reset = pytest.mark.parametrize("reset", functional.RESETS)
+every_reset = pytest.mark.parametrize("reset", RESETS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 both_detach = pytest.mark.parametrize("detach_reset", [False, True], ids=["attached", "detached"])
 
@@ -203,6 +204,9 @@ def test_derivative_element_by_element(surrogate: str, dtype: torch.dtype, width
         gradients += torch.autograd.grad(spikes.sum(), x)
     if surrogate in EXACT:
         assert torch.equal(*gradients)
+    elif surrogate == "multi_gaussian":  # a difference: as right as its parts
+        parts = MultiGaussian(width, height=0.0).derivative(x.detach() - 0.75) + 1
+        assert ((gradients[0] - gradients[1]).abs() <= {torch.float64: 1e-14, torch.float32: 4e-7}[dtype] * parts).all()
     else:
         rtol = {torch.float64: 1e-12, torch.float32: 1e-6}[dtype]
         # Subnormal numbers have few bits: the last few of them are allowed.
@@ -215,6 +219,8 @@ def test_derivative_element_by_element(surrogate: str, dtype: torch.dtype, width
 def test_derivative_against_float64(surrogate: str, device: str) -> None:
     """The float32 kernels' exponentials and divisions over all magnitudes, of arguments that have no rounding of their
     own: the threshold is 0, the width 1, and squares of 12 bits are exact."""
+    if surrogate == "multi_gaussian":
+        pytest.skip("Gaussians of arguments that are rounded: what it adds up is tried here by itself")
     s = torch.cat([torch.zeros(1), torch.logspace(-30, 30, 200_001)])
     s = (s.view(torch.int32) & ~0xFFF).view(torch.float32)
     s = torch.cat([s, -s]).to(device)

@@ -31,9 +31,12 @@ class Mutant(NamedTuple):
     instead: str  # another expression of this type
 
 
-KERNELS, NEUNORM, PLAN, NEURON = "cuda/neuron.cuh", "cuda/neunorm.cuh", "cuda/plan.h", "neurons/lif.h"
+KERNELS, GENERAL, NEUNORM, PLAN = "cuda/neuron.cuh", "cuda/general.cuh", "cuda/neunorm.cuh", "cuda/plan.h"
+NEURON, IO = "neurons/lif.h", "core/io.h"
+# What of check.cpp runs for mutants of a file; all of it for those of the others.
+PARTS = {KERNELS: "plain", NEURON: "plain", GENERAL: "general", NEUNORM: "neunorm"}
 FIRST_NEURON = "(int64_t(blockIdx.x) * plan.threads + threadIdx.x) * kWidth"
-GRADIENTS = "load_rows<1>(gradient, load, «io.grad_spikes + at»,"
+GRADIENTS = "load_rows<1>(gradient, load, «io.grad_output + at»,"
 VALUES_BARRIER = "= values[k][p]; });\n        «__syncthreads()»;"
 NOTHING = "void()"  # in place of a call
 MUTANTS = {
@@ -46,8 +49,8 @@ MUTANTS = {
         "(int64_t(blockIdx.x) * plan.threads + threadIdx.x / 2 * 2) * kWidth",
     ),
     "threads beyond the last neuron": Mutant(
-        *("address", "heap-buffer-overflow", KERNELS, "first >= io.neurons"),
-        "first > io.neurons + kWidth",
+        *("address", "heap-buffer-overflow", KERNELS, "first >= io.layout.neurons()"),
+        "first > io.layout.neurons() + kWidth",
     ),
     "a step too many": Mutant("address", "heap-buffer-overflow", KERNELS, "|| «k < count») rows", "k <= count"),
     "rows taken for granted": Mutant("address", "heap-buffer-overflow", KERNELS, "«k < kFewest» ||", "kFewest > 1"),
@@ -58,22 +61,22 @@ MUTANTS = {
     ),
     "the common neuron for another": Mutant("address", "dL/dx", NEURON, "options.v_reset == 0", "true"),
     "a step of the tail left out": Mutant("address", "spikes", KERNELS, "k >= left", "k + 1 >= left"),
-    "gradients of another half": Mutant("address", "dL/dx", KERNELS, GRADIENTS, "io.grad_spikes + first"),
+    "gradients of another half": Mutant("address", "dL/dx", KERNELS, GRADIENTS, "io.grad_output + rows_at"),
     "a state too early": Mutant(
         *("address", "dL/dx", KERNELS, "start % kChunk == kChunk - kAtOnce"),
         "start % kChunk == 0",
     ),
     "no state where one is wanted": Mutant(
-        *("address", "dL/dx", KERNELS, "«io.steps - start > kAtOnce») {"),
-        "io.steps - start > kChunk",
+        *("address", "dL/dx", KERNELS, "«steps - start > kAtOnce») {"),
+        "steps - start > kChunk",
     ),
     "a state of the wrong chunk": Mutant(
-        *("address", "dL/dx|heap-buffer-overflow", KERNELS, "(chunk - 1) * io.neurons"),
-        "chunk * io.neurons",
+        *("address", "dL/dx|heap-buffer-overflow", KERNELS, "(chunk - 1) * stride"),
+        "chunk * stride",
     ),
     "gradients read once more": Mutant(
         *("address", "more or less read", KERNELS, GRADIENTS),
-        "(load(io.grad_spikes + at), io.grad_spikes + at)",
+        "(load(io.grad_output + at), io.grad_output + at)",
     ),
     "the later half's currents twice": Mutant("address", "dL/dx", KERNELS, "rows[k] = «earlier[k]»", "rows[k]"),
     "the later half's state twice": Mutant("address", "dL/dx", KERNELS, "v[i] = «v_earlier[i]»", "v[i]"),
@@ -81,7 +84,7 @@ MUTANTS = {
         *("address", "the width that fits|misaligned", KERNELS, "bytes < 16 ? bytes : 16"),
         "1",
     ),
-    "packs of any number": Mutant("address", "misaligned|overflow", KERNELS, "neurons % width_ != 0", "false"),
+    "packs of any number": Mutant("address", "misaligned|overflow", KERNELS, "neighbours % width_ != 0", "false"),
     "an index of 32 bits": Mutant(
         *("address", "SEGV|overflow|many neurons", KERNELS, FIRST_NEURON),
         "int((blockIdx.x * unsigned(plan.threads) + threadIdx.x) * unsigned(kWidth))",
@@ -89,6 +92,65 @@ MUTANTS = {
     "a block too few": Mutant(
         *("address", "many neurons", PLAN, "(threads + plan.threads - 1) / plan.threads"),
         "threads / plan.threads",
+    ),
+    "no time between two dimensions": Mutant(
+        *("address", "spikes", IO, "n / inner * inner * rows + n % inner"),
+        "n",
+    ),
+    "the length of another sample": Mutant("address", "output|potentials", IO, "n / sample", "n / sample / 2"),
+    "parameters of another entry": Mutant(
+        *("address", "output", GENERAL, "extras.count > 1 ? «n / extras.group % extras.count»"),
+        "n / extras.group / 2 % extras.count",
+    ),
+    "parameters of the neighbour": Mutant(
+        "address", "heap-buffer-overflow|output", GENERAL, "from + «i * apart»", "(i ^ 1) * apart"
+    ),
+    "scale and shift of another step": Mutant("address", "output|general dL/dx", GENERAL, "load_affine(«t»)", "t / 2"),
+    "no zeros past the end": Mutant("address", "output", GENERAL, "for (; «t < all»; ++t)", "t + 1 < all"),
+    "no states past the end": Mutant("address", "states", GENERAL, "«row < saved»; ++row", "row + 1 < saved"),
+    "the state before another part": Mutant(
+        *("address", "general dL/dx", GENERAL, "v[i] = «starts[0][i]»"),
+        "starts[1][i]",
+    ),
+    "the other potentials": Mutant(
+        *("address", "general dL/dx", GENERAL, "extras.after_reset ? State(0) : shown.get(i)"),
+        "shown.get(i)",
+    ),
+    "the last step alone": Mutant(
+        *("address", "dL/dx of all steps", GENERAL, "grad_constant[i] += «grad_x[i]»"),
+        "t + 1 < steps ? State(0) : grad_x[i]",
+    ),
+    "repeats of another group": Mutant(
+        *("address", "general dL/dx", GENERAL, "group * plan.passes + pass"),
+        "pass",
+    ),
+    "sums of the neighbour": Mutant(
+        *("address", "dL/dparameters", GENERAL, "sums[(cell * kWidth + «i») * plan.threads] +="),
+        "i ^ 1",
+    ),
+    "threads added up too early": Mutant(
+        *("thread", "data race", GENERAL, "width *= 2) {\n      «__syncthreads()»;\n      if (place"),
+        NOTHING,
+    ),
+    "a repeat of the block left out": Mutant(
+        *("address", "dL/dparameters", GENERAL, "add_up(row, «plan.thread_rows», plan.lanes"),
+        "plan.thread_rows - 1",
+    ),
+    "lanes of the next entry": Mutant(
+        *("address", "dL/dparameters", GENERAL, "end < plan.lanes ? int(end) : plan.lanes"),
+        "plan.lanes",
+    ),
+    "one block's sums for all": Mutant(
+        *("address", "dL/dparameters", GENERAL, "entry + begin + «i % columns»"),
+        "i % columns * 0",
+    ),
+    "sums past the shared memory": Mutant(
+        *("address", "heap-buffer-overflow", PLAN, "int(of_block * int64_t(«sizeof(double)»))"),
+        "sizeof(float)",
+    ),
+    "too little room for sums": Mutant(
+        *("address", "heap-buffer-overflow", PLAN, "cells * groups * «sums()» + held"),
+        "columns",
     ),
     "values added up too early": Mutant("thread", "data race", NEUNORM, VALUES_BARRIER, NOTHING),
     "parts of the sum added up too early": Mutant(
@@ -238,7 +300,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run("right", build, NO_MUTANT)
         run("mutants", build, NO_MUTANT)
     for number, mutant in enumerate(MUTANTS.values()):
-        run("mutants", mutant.build, number, "neunorm" if mutant.file == NEUNORM else "")
+        run("mutants", mutant.build, number, PARTS.get(mutant.file, ""))
     (root / "build.ninja").write_text("\n".join(lines) + "\n")
     done = subprocess.run(
         [sys.executable, "-m", "ninja", "-C", root, "-k", "0"], capture_output=True, text=True, check=False

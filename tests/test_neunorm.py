@@ -11,13 +11,18 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_lif import every_dtype, every_reset, every_surrogate
+from test_lif import every_dtype, every_reset
 from torch import Tensor, nn
 
 import stbp_cuda
 from stbp_cuda import functional, ops
+from stbp_cuda.engine import DTYPES
 from stbp_cuda.layers import NeuNorm, NeuNormLIF
+from stbp_cuda.neurons import LIF, RESETS
 from stbp_cuda.surrogate import SURROGATES
+
+WITH_KERNELS = [name for name in SURROGATES if name != "multi_gaussian"]
+every_surrogate = pytest.mark.parametrize("surrogate", WITH_KERNELS)
 
 CHUNK = ops.chunk("cpu", "neunorm_")
 ORDERS = ("contiguous", "channels_last")
@@ -169,8 +174,8 @@ def test_agrees_with_the_reference(
 @given(
     case=cases,
     grad_order=st.sampled_from(ORDERS),
-    surrogate=st.sampled_from(list(SURROGATES)),
-    reset=st.sampled_from(functional.RESETS),
+    surrogate=st.sampled_from(WITH_KERNELS),
+    reset=st.sampled_from(RESETS),
 )
 @example(case=LARGE, grad_order="channels_last", surrogate="sigmoid", reset="hard")
 @example(case=Case(CHUNK + 1, 2, (300, 20)), grad_order="contiguous", surrogate="atan", reset="soft")
@@ -270,7 +275,7 @@ def test_by_hand() -> None:
 
 
 @every_order
-@pytest.mark.parametrize("dtype", functional.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_runs_and_threads_change_nothing(dtype: torch.dtype, order: str) -> None:
     case = Case(CHUNK + 3, 9, (40, 9, 9), order)
     tensors = random_tensors(case, dtype, "cpu")
@@ -310,14 +315,14 @@ def operator_arguments(
     x = in_order(torch.randn(CHUNK + 2, 2, 3, 4, 5, device=device).to(dtype), 3, order)
     weight = torch.randn(3, 4, 5, device=device, dtype=ops.state_dtype(dtype))
     decays = torch.tensor([0.5, 0.8], device=device, dtype=weight.dtype) if learned else None
-    call = [x.shape[0], functional.check_options().neuron, None, 0.8, False]
+    call = [x.shape[0], LIF().text(), None, 0.8, False]
     forward = [x, weight, decays, *call, True]
     backward = [torch.randn_like(x), x, weight, decays, *ops.neunorm_lif_forward(*forward)[1:], *call, learned]
     return forward, backward
 
 
 @every_order
-@pytest.mark.parametrize("dtype", functional.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("learned", [False, True])
 def test_opcheck(dtype: torch.dtype, learned: bool, order: str, device: str) -> None:
     forward, backward = operator_arguments(device, dtype, learned, order)
@@ -499,3 +504,12 @@ def test_other_layouts_give_the_same(device: str) -> None:
         functional.neunorm_lif(x.contiguous(memory_format=torch.channels_last), weight, steps=3), expected
     )
     assert torch.equal(functional.neunorm_lif(x.movedim(0, -1).contiguous().movedim(-1, 0), weight, steps=3), expected)
+
+
+def test_a_surrogate_without_kernels_here(device: str) -> None:
+    x, weight = torch.randn(3, 2, 4, 5, device=device), torch.rand(4, 5, device=device)
+    options = {"surrogate": "multi_gaussian"}
+    with pytest.raises(RuntimeError, match="no fused kernel with normalisation for the surrogate MultiGaussian"):
+        functional.neunorm_lif(x, weight, backend="fused", **options)  # type: ignore[arg-type]
+    result = functional.neunorm_lif(x, weight, backend="reference", **options)  # type: ignore[arg-type]
+    assert torch.equal(result, functional.neunorm(functional.lif(x, **options), weight))  # type: ignore[arg-type]

@@ -119,7 +119,7 @@ def test_a_surrogate_of_ones_own_needs_both_formulas() -> None:
 
 
 def test_a_newton_step_rounds_reciprocals_correctly() -> None:
-    """What csrc/core/number.h has for CUDA, in integers, for every mantissa: x = m / 2^23, and 1 / x is 2^47 / m units of
+    """What csrc/number.h has for CUDA, in integers, for every mantissa: x = m / 2^23, and 1 / x is 2^47 / m units of
     2^-24. From each approximation within 1 ulp comes the nearest number, but for one mantissa from one of the two; that
     the hardware gives the other one there, IEEE's reciprocal, which rests on the same step, tells."""
     m = np.arange(2**23, 2**24, dtype=np.int64)

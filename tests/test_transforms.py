@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module
 
 import stbp_cuda
 from stbp_cuda import functional, ops
+from stbp_cuda.neurons import LIF
 
 T, B, SHAPE = 5, 2, (3, 4, 2)  # [T, B, C, H, W]
 BACKENDS = ("fused", "reference")
@@ -236,24 +237,25 @@ def test_whole_networks(steps: int | None, neunorm: bool, device: str) -> None:
         same([of[i] for of in found.values()], torch.autograd.grad(loss(parameters, sample), list(parameters.values())))
 
 
-NEURON = functional.check_options().neuron
+NEURON = LIF().text()
 
 
 def bare(name: str, device: str) -> tuple[Any, list[Any]]:
     """An operator, and what it may be called with."""
     x, weight = inputs(device=device), torch.rand(SHAPE, device=device)
-    if name == "lif_forward":
-        return ops.lif_forward, [x, None, T, NEURON, None, False, False]
+    if name == "neuron_forward":
+        return ops.neuron_forward, [x, None, None, None, T, 0, False, NEURON, None, 0, True, False, False]
     if name == "neunorm_lif_forward":
         return ops.neunorm_lif_forward, [x, weight, None, T, NEURON, None, 0.8, False, False]
-    if name == "lif_backward":
-        states = ops.lif_forward(x, None, T, NEURON, None, False, True)[2]
-        return ops.lif_backward, [x, None, x, None, states, T, NEURON, None, False]
+    if name == "neuron_backward":
+        states = ops.neuron_forward(x, None, None, None, T, 0, False, NEURON, None, 0, True, False, True)[3]
+        call = [x, None, None, None, states, T, 0, False, NEURON, None, 0, False, False]
+        return ops.neuron_backward, [x, None, None, *call]
     kept = ops.neunorm_lif_forward(x, weight, None, T, NEURON, None, 0.8, False, True)[1:]
     return ops.neunorm_lif_backward, [x, x, weight, None, *kept, T, NEURON, None, 0.8, False, False]
 
 
-OPERATORS = ("lif_forward", "neunorm_lif_forward", "lif_backward", "neunorm_lif_backward")
+OPERATORS = ("neuron_forward", "neunorm_lif_forward", "neuron_backward", "neunorm_lif_backward")
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -267,7 +269,7 @@ def test_a_bare_operator_has_a_gradient_or_an_error(name: str, device: str) -> N
             result.sum().backward()
     else:
         result.square().sum().backward()
-        call = functional.lif if name == "lif_forward" else lambda x: functional.neunorm_lif(x, rest[0])
+        call = functional.lif if name == "neuron_forward" else lambda x: functional.neunorm_lif(x, rest[0])
         other = x.clone().requires_grad_()
         call(other).square().sum().backward()
         same(leaf.grad, other.grad)

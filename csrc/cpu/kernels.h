@@ -6,6 +6,7 @@
 #include <fstream>
 
 #include "../core/io.h"
+#include "../neurons/registry.h"
 
 namespace stbp::cpu {
 
@@ -49,13 +50,70 @@ struct NeuNormPlan {
 constexpr int64_t kNeuNormForwardRows = 3;
 STBP_FN int64_t neunorm_backward_rows(int64_t steps, bool decays) { return 2 + (steps > kNeuNormChunk) + decays; }
 
+// The most bytes of State in a tile of the general kernels. Backward, the gradients of parameters need room in the L1
+// cache, too.
+constexpr int kGeneralTile = 2048;
+constexpr int kGeneralTileBack = 1024;
+
+// Over so many steps, and those of one more tile, the gradients of parameters are added up in float32.
+constexpr int64_t kStepsInFloat = 64;
+
+// How the general kernels share out N neurons: into tiles that begin at the same `blocks` places of a period again and
+// again. A period is what the parameters repeat with; short ones are taken together, up to the width of a tile. Where a
+// sample, or a row of the layout, ends, so does a tile. The tiles of one place are `strands`, split into groups: task i
+// is group i / blocks at place i % blocks. All of it follows from the shapes, and so do the sums.
+struct GeneralPlan {
+  int64_t period, width, blocks, cut, tiles_of_cut, strands, groups;
+  int64_t entries;  // of each parameter in a tile, at most
+  bool past_caches;
+
+  template <class State>
+  GeneralPlan(const Layout& layout, const Extras<State>& extras, int tile_bytes) {
+    constexpr int64_t kTasks = 64;  // enough for that many threads
+    const int64_t tile = tile_bytes / int64_t(sizeof(State));
+    const int64_t count = extras.parameters ? extras.count : 1, group = extras.parameters ? extras.group : 1;
+    period = count == 1 ? 1 : group * count;
+    cut = extras.lengths ? extras.sample : layout.inner;
+    if (period > tile) {
+      width = tile;
+      blocks = (period + tile - 1) / tile;
+      cut = period;
+      tiles_of_cut = 1;
+      entries = std::min(count, tile / group + 2);
+    } else {
+      width = std::min(tile / period * period, cut);
+      blocks = 1;
+      tiles_of_cut = (cut + width - 1) / width;
+      entries = count;
+    }
+    strands = layout.neurons() / cut * tiles_of_cut;
+    groups = std::max<int64_t>(1, std::min(strands, (kTasks + blocks - 1) / blocks));
+    past_caches = false;
+  }
+
+  int64_t tasks() const { return blocks * groups; }
+  int64_t first(int64_t block, int64_t strand) const {
+    return strand / tiles_of_cut * cut + (blocks > 1 ? block : strand % tiles_of_cut) * width;
+  }
+  int64_t count(int64_t block, int64_t strand) const {
+    return std::min(width, cut - (blocks > 1 ? block : strand % tiles_of_cut) * width);
+  }
+  // Of the tiles of a task the longest.
+  int64_t widest(int64_t task) const { return std::min(width, cut - task % blocks * width); }
+};
+
 template <class Scalar>
 struct Kernels {
   // Run the neurons [first, last). With `past_caches`, results are written past the caches: where input and results do
   // not fit there, that saves reading what is about to be overwritten, a third of the traffic of a forward pass. Needs
   // aligned_for_streams.
-  void (*forward)(const LifForward<Scalar>&, const LifOptions&, int64_t first, int64_t last, bool past_caches);
-  void (*backward)(const LifBackward<Scalar>&, const LifOptions&, int64_t first, int64_t last, bool past_caches);
+  void (*forward)(const NeuronForward<Scalar>&, const LifOptions&, int64_t first, int64_t last, bool past_caches);
+  void (*backward)(const NeuronBackward<Scalar>&, const LifOptions&, int64_t first, int64_t last, bool past_caches);
+  // Run the tasks [first, last) of the plan.
+  void (*general_forward)(const NeuronForward<Scalar>&, const Extras<state_t<Scalar>>&, const NeuronOptions&,
+                          const GeneralPlan&, int64_t first, int64_t last);
+  void (*general_backward)(const NeuronBackward<Scalar>&, const Extras<state_t<Scalar>>&, const NeuronOptions&,
+                           const GeneralPlan&, int64_t first, int64_t last);
   // Run the tasks [first, last): task i is strip i % S of sample, or backward of group, i / S.
   void (*neunorm_forward)(const NeuNormForward<Scalar>&, const LifOptions&, const NeuNormPlan&, int64_t first,
                           int64_t last, bool past_caches);
@@ -63,10 +121,11 @@ struct Kernels {
                            int64_t last, bool past_caches);
 };
 
-// Whether every vector of a result [T, N] is aligned to its size, in every instruction set.
+// Whether every vector of a result whose rows are so many neurons long is aligned to its size, in every instruction
+// set.
 template <class Scalar>
-bool aligned_for_streams(const Scalar* result, int64_t neurons) {
-  return reinterpret_cast<uintptr_t>(result) % 64 == 0 && neurons % kBlock == 0;
+bool aligned_for_streams(const Scalar* result, int64_t row) {
+  return reinterpret_cast<uintptr_t>(result) % 64 == 0 && row % kBlock == 0;
 }
 
 inline int64_t last_cache_bytes() {
@@ -79,17 +138,19 @@ inline int64_t last_cache_bytes() {
   return bytes;
 }
 
-// Whether a call moves more than the last cache holds, which is never quite empty, to results that allow to pass it by.
+// True if the working set exceeds 3/4 of the last cache and all outputs are aligned for streaming stores.
 template <class Scalar>
-bool past_caches(const LifForward<Scalar>& io) {
-  return io.steps * io.neurons * int64_t(2 * sizeof(Scalar)) > last_cache_bytes() / 4 * 3 &&
-         aligned_for_streams(io.spikes, io.neurons) && aligned_for_streams(io.final_potential, io.neurons) &&
-         aligned_for_streams(io.states, io.neurons);
+bool past_caches(const NeuronForward<Scalar>& io) {
+  const int64_t row = io.layout.inner;
+  return io.layout.steps * io.layout.neurons() * int64_t(2 * sizeof(Scalar)) > last_cache_bytes() / 4 * 3 &&
+         aligned_for_streams(io.output, row) && aligned_for_streams(io.final_state, row) &&
+         aligned_for_streams(io.states, row);
 }
 template <class Scalar>
-bool past_caches(const LifBackward<Scalar>& io) {
-  return io.steps * io.neurons * int64_t(3 * sizeof(Scalar)) > last_cache_bytes() / 4 * 3 &&
-         aligned_for_streams(io.grad_x, io.neurons) && aligned_for_streams(io.grad_initial, io.neurons);
+bool past_caches(const NeuronBackward<Scalar>& io) {
+  const int64_t row = io.layout.inner;
+  return io.layout.steps * io.layout.neurons() * int64_t(3 * sizeof(Scalar)) > last_cache_bytes() / 4 * 3 &&
+         aligned_for_streams(io.grad_x, row) && aligned_for_streams(io.grad_initial, row);
 }
 
 template <class Scalar>

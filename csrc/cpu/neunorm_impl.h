@@ -1,4 +1,4 @@
-// The CPU kernels of neurons with normalisation: a part of kernels_impl.h.
+// The CPU kernels of neurons with normalisation.
 //
 // A thread computes a tile at a time: neighbouring positions of a sample with all their features, as rows of neurons
 // that lie side by side. In a contiguous tensor a tile has a row of positions for each feature; with channels_last it
@@ -7,42 +7,14 @@
 //
 // The rows of scratch memory stay in the L2 cache. Where a row is updated in place, it holds the tile's vectors, of
 // which the last two may overlap; where it is written at once, it holds the numbers themselves.
+#pragma once
 
-#include <cstdlib>
-#include <new>
+#include "../core/neunorm.h"
+#include "../neurons/registry.h"
+#include "lanes.h"
 
 namespace stbp::cpu::STBP_ISA {
 namespace {
-
-// Memory of this thread, kept from call to call: its page faults would cost more than the kernel.
-inline void* scratch_memory(size_t bytes) {
-  struct Memory {
-    void* at = nullptr;
-    size_t bytes = 0;
-    ~Memory() { std::free(at); }
-  };
-  static thread_local Memory memory;
-  if (memory.bytes < bytes) {
-    std::free(memory.at);
-    memory.bytes = 0;
-    memory.at = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (memory.at == nullptr) throw std::bad_alloc();
-    memory.bytes = bytes;
-  }
-  return memory.at;
-}
-
-// Not those of the standard library, which are not always inlined.
-STBP_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-STBP_FN int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-template <class T>
-STBP_FN void fill(T* to, int64_t count, T value) {
-  for (int64_t i = 0; i < count; ++i) to[i] = value;
-}
-template <class T>
-STBP_FN void copy(T* to, const T* from, int64_t count) {
-  memcpy(to, from, size_t(count) * sizeof(T));
-}
 
 template <class Lanes>
 struct PositionTile {
@@ -407,10 +379,22 @@ STBP_FN void each_position_tile(const NeuNormPlan& plan, const Io& io, int64_t f
   }
 }
 
+// f(neuron), with a surrogate that is chosen while the kernel runs.
+template <class Scalar, class Surrogate, class F>
+STBP_FN void visit_normalised(const LifOptions& options, const Surrogate& surrogate, const F& f) {
+  using State = state_t<Scalar>;
+  if constexpr (kHasSmooth<Scalar>) {
+    using Any = AnyPlainSurrogateOf<State>;
+    if (options.smooth)
+      return f(Lif<State, EitherReset, Smooth, Any>{LifConstants<State>(options), Any(options.surrogate)});
+  }
+  visit_reset<State>(options, surrogate, f);
+}
+
 template <class Scalar>
 void neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, const NeuNormPlan& plan,
                      int64_t first, int64_t last, bool past_caches) {
-  visit_forward_neuron<Scalar>(options, [&](const auto& neuron) {
+  visit_normalised<Scalar>(options, NoSurrogate(), [&](const auto& neuron) {
     each_position_tile<state_t<Scalar>>(plan, io, first, last, past_caches,
                                         [&](const auto& tile, int64_t sample, int64_t, int64_t n) {
                                           neunorm_forward_scan(tile, neuron, io, sample, n);
@@ -422,7 +406,7 @@ void neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options
 template <class Scalar>
 void neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions& options, const NeuNormPlan& plan,
                       int64_t first, int64_t last, bool past_caches) {
-  visit_backward_neuron<Scalar>(options, [&](const auto& neuron) {
+  visit_normalised<Scalar>(options, AnyPlainSurrogateOf<state_t<Scalar>>(options.surrogate), [&](const auto& neuron) {
     each_position_tile<state_t<Scalar>>(
         plan, io, first, last, past_caches, [&](const auto& tile, int64_t group, int64_t strip, int64_t n) {
           state_t<Scalar>* const slot = io.grad_decays ? io.grad_decays + (group * plan.strips + strip) * 2 : nullptr;

@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "../torch/build_info.h"
-#include "../torch/neuron_op.h"
+#include "../torch/implement.h"
 #include "kernels.h"
 
 namespace stbp {
@@ -52,17 +52,49 @@ struct Cpu {
   static constexpr int kChunk = cpu::kChunk;
 
   template <class Scalar>
-  static void forward(const LifForward<Scalar>& io, const LifOptions& options, int) {
+  static void forward(const NeuronForward<Scalar>& io, const LifOptions& options, int) {
     run(io, [&, past_caches = cpu::past_caches(io)](int64_t first, int64_t last) {
       kernels<Scalar>().forward(io, options, first, last, past_caches);
     });
   }
 
   template <class Scalar>
-  static void backward(const LifBackward<Scalar>& io, const LifOptions& options, int) {
+  static void backward(const NeuronBackward<Scalar>& io, const LifOptions& options, int) {
     run(io, [&, past_caches = cpu::past_caches(io)](int64_t first, int64_t last) {
       kernels<Scalar>().backward(io, options, first, last, past_caches);
     });
+  }
+
+  template <class Scalar>
+  static void general_forward(const NeuronForward<Scalar>& io, const Extras<state_t<Scalar>>& extras,
+                              const NeuronOptions& options, int) {
+    cpu::GeneralPlan plan(io.layout, extras, cpu::kGeneralTile);
+    plan.past_caches = cpu::past_caches(io) && plan.width % cpu::kBlock == 0 && plan.cut % cpu::kBlock == 0 &&
+                       cpu::aligned_for_streams(extras.potentials, io.layout.inner);
+    run_tasks(plan.tasks(), plan.strands / plan.groups * plan.width * io.layout.steps,
+              [&](int64_t first, int64_t last) {
+                kernels<Scalar>().general_forward(io, extras, options, plan, first, last);
+              });
+  }
+
+  template <class Scalar>
+  static void general_backward(const NeuronBackward<Scalar>& io, const Extras<state_t<Scalar>>& extras,
+                               const NeuronOptions& options, int) {
+    cpu::GeneralPlan plan(io.layout, extras, cpu::kGeneralTileBack);
+    plan.past_caches = cpu::past_caches(io) && plan.width % cpu::kBlock == 0 && plan.cut % cpu::kBlock == 0;
+    run_tasks(plan.tasks(), plan.strands / plan.groups * plan.width * io.layout.steps,
+              [&](int64_t first, int64_t last) {
+                kernels<Scalar>().general_backward(io, extras, options, plan, first, last);
+              });
+    if (extras.grad_parameters) sum_partial(extras, plan, rows_of(extras, options));
+  }
+
+  template <class Scalar>
+  static int64_t general_partial(const Layout& layout, const Extras<state_t<Scalar>>& extras,
+                                 const NeuronOptions& options) {
+    if (extras.grad_parameters == nullptr) return 0;
+    const cpu::GeneralPlan plan(layout, extras, cpu::kGeneralTileBack);
+    return plan.tasks() * plan.entries * rows_of(extras, options);
   }
 
   static constexpr int kNeuNormChunk = cpu::kNeuNormChunk;
@@ -115,8 +147,37 @@ struct Cpu {
   template <class Io, class Range>
   static void run(const Io& io, const Range& range) {
     using cpu::kBlock;
-    run_tasks((io.neurons + kBlock - 1) / kBlock, io.steps * kBlock,
-              [&](int64_t first, int64_t last) { range(first * kBlock, std::min(last * kBlock, io.neurons)); });
+    const int64_t neurons = io.layout.neurons();
+    run_tasks((neurons + kBlock - 1) / kBlock, io.layout.steps * kBlock,
+              [&](int64_t first, int64_t last) { range(first * kBlock, std::min(last * kBlock, neurons)); });
+  }
+
+  // P * R: the rows of parameters of a neuron.
+  template <class State>
+  static int64_t rows_of(const Extras<State>& extras, const NeuronOptions& options) {
+    const int64_t own = std::visit([](const auto& of) { return of.kParameters; }, options);
+    return (own + (extras.affine ? 2 : 0)) * extras.rows;
+  }
+
+  // The sums of all tasks for each entry: of the places where it lies, one after the other, over their groups.
+  template <class State>
+  static void sum_partial(const Extras<State>& extras, const cpu::GeneralPlan& plan, int64_t rows) {
+    run_tasks(extras.count, rows * plan.groups * 4, [&](int64_t first_entry, int64_t last_entry) {
+      for (int64_t entry = first_entry; entry < last_entry; ++entry) {
+        const int64_t start = entry * extras.group, end = start + extras.group;
+        const int64_t first = plan.blocks > 1 ? start / plan.width : 0;
+        const int64_t last = plan.blocks > 1 ? (end - 1) / plan.width : 0;
+        for (int64_t row = 0; row < rows; ++row) {
+          double sum = 0;
+          for (int64_t block = first; block <= last; ++block) {
+            const int64_t place = entry - block * plan.width / extras.group % extras.count;
+            for (int64_t group = 0; group < plan.groups; ++group)
+              sum += extras.partial[((group * plan.blocks + block) * plan.entries + place) * rows + row];
+          }
+          extras.grad_parameters[row * extras.count + entry] = State(sum);
+        }
+      }
+    });
   }
 
   template <class Range>

@@ -43,18 +43,18 @@ template <int kSteps, class Lanes, class T>
 struct ReadRows {
   decltype(Lanes().read(static_cast<const T*>(nullptr))) row[kSteps];
 
-  STBP_FN ReadRows(const Lanes& lanes, const T* from, int64_t neurons) {
+  STBP_FN ReadRows(const Lanes& lanes, const T* from, int64_t stride) {
     STBP_STEP_LOOP
-    for (int k = 0; k < kSteps; ++k) row[k] = lanes.read(from + k * neurons);
+    for (int k = 0; k < kSteps; ++k) row[k] = lanes.read(from + k * stride);
   }
 };
 template <int kSteps, class Lanes, class T>
 struct WrittenRows {
   decltype(Lanes().write(static_cast<T*>(nullptr))) row[kSteps];
 
-  STBP_FN WrittenRows(const Lanes& lanes, T* to, int64_t neurons) {
+  STBP_FN WrittenRows(const Lanes& lanes, T* to, int64_t stride) {
     STBP_STEP_LOOP
-    for (int k = 0; k < kSteps; ++k) row[k] = lanes.write(to + k * neurons);
+    for (int k = 0; k < kSteps; ++k) row[k] = lanes.write(to + k * stride);
   }
 };
 
@@ -62,11 +62,11 @@ struct WrittenRows {
 // still needed. In this and the next three, all loads come before the first store: rows often lie a multiple of 4 KB
 // apart, and a CPU that compares the low bits of addresses lets a load wait for such a store.
 template <int kSteps, class Lanes, class Neuron, class Scalar, class Value = typename Lanes::Value>
-STBP_FN void advance(const Lanes& lanes, const Neuron& neuron, const Scalar* x, Scalar* spikes, int64_t neurons,
+STBP_FN void advance(const Lanes& lanes, const Neuron& neuron, const Scalar* x, Scalar* spikes, int64_t stride,
                      Value* v, bool from_zero, bool needed) {
   const int width = lanes.width();
-  const ReadRows<kSteps, Lanes, Scalar> in(lanes, x, neurons);
-  WrittenRows<kSteps, Lanes, Scalar> out(lanes, spikes, neurons);
+  const ReadRows<kSteps, Lanes, Scalar> in(lanes, x, stride);
+  WrittenRows<kSteps, Lanes, Scalar> out(lanes, spikes, stride);
   for (int i = 0; i < width; ++i) {
     Value current[kSteps], fired[kSteps];
     STBP_STEP_LOOP
@@ -82,10 +82,10 @@ STBP_FN void advance(const Lanes& lanes, const Neuron& neuron, const Scalar* x, 
 
 // The same, keeping the charged potentials of each step in u[k] and no spikes.
 template <int kSteps, class Lanes, class Neuron, class Scalar, class Value = typename Lanes::Value>
-STBP_FN void recompute(const Lanes& lanes, const Neuron& neuron, const Scalar* x, int64_t neurons, Value* v,
+STBP_FN void recompute(const Lanes& lanes, const Neuron& neuron, const Scalar* x, int64_t stride, Value* v,
                        bool from_zero, Value (*u)[Lanes::kWidth]) {
   const int width = lanes.width();
-  const ReadRows<kSteps, Lanes, Scalar> in(lanes, x, neurons);
+  const ReadRows<kSteps, Lanes, Scalar> in(lanes, x, stride);
   for (int i = 0; i < width; ++i) {
     Value current[kSteps], unused;
     STBP_STEP_LOOP
@@ -94,7 +94,7 @@ STBP_FN void recompute(const Lanes& lanes, const Neuron& neuron, const Scalar* x
     STBP_STEP_LOOP
     for (int k = 0; k < kSteps; ++k) {
       u[k][i] = neuron.step(potential, current[k], unused);
-      lanes.prefetch(x + (kSteps + k) * neurons, i);
+      lanes.prefetch(x + (kSteps + k) * stride, i);
     }
     v[i] = potential;
   }
@@ -103,10 +103,10 @@ STBP_FN void recompute(const Lanes& lanes, const Neuron& neuron, const Scalar* x
 // kSteps steps back of all neurons, from the last of them to the first.
 template <int kSteps, class Lanes, class Neuron, class Scalar, class Value = typename Lanes::Value>
 STBP_FN void go_back(const Lanes& lanes, const Neuron& neuron, const Value (*u)[Lanes::kWidth],
-                     const Scalar* grad_spikes, Scalar* grad_x, int64_t neurons, Value* grad_v, bool needed) {
+                     const Scalar* grad_spikes, Scalar* grad_x, int64_t stride, Value* grad_v, bool needed) {
   const int width = lanes.width();
-  const ReadRows<kSteps, Lanes, Scalar> in(lanes, grad_spikes, neurons);
-  WrittenRows<kSteps, Lanes, Scalar> out(lanes, grad_x, neurons);
+  const ReadRows<kSteps, Lanes, Scalar> in(lanes, grad_spikes, stride);
+  WrittenRows<kSteps, Lanes, Scalar> out(lanes, grad_x, stride);
   for (int i = 0; i < width; ++i) {
     Value gradient[kSteps];
     STBP_STEP_LOOP
@@ -115,7 +115,7 @@ STBP_FN void go_back(const Lanes& lanes, const Neuron& neuron, const Value (*u)[
     STBP_STEP_LOOP
     for (int k = kSteps - 1; k >= 0; --k) {
       gradient[k] = neuron.step_back(u[k][i], gradient[k], carried);
-      lanes.prefetch(grad_spikes - (kSteps - k) * neurons, i);
+      lanes.prefetch(grad_spikes - (kSteps - k) * stride, i);
     }
     if (needed) grad_v[i] = carried;
     STBP_STEP_LOOP
@@ -126,11 +126,11 @@ STBP_FN void go_back(const Lanes& lanes, const Neuron& neuron, const Value (*u)[
 // The last kSteps of a chunk, there and back at once: their potentials never leave the registers.
 template <int kSteps, class Lanes, class Neuron, class Scalar, class Value = typename Lanes::Value>
 STBP_FN void turn(const Lanes& lanes, const Neuron& neuron, const Scalar* x, const Scalar* grad_spikes, Scalar* grad_x,
-                  int64_t neurons, const Value* v, bool from_zero, Value* grad_v, bool grad_from_zero,
+                  int64_t stride, const Value* v, bool from_zero, Value* grad_v, bool grad_from_zero,
                   bool grad_needed) {
   const int width = lanes.width();
-  const ReadRows<kSteps, Lanes, Scalar> in(lanes, x, neurons), grad_in(lanes, grad_spikes, neurons);
-  WrittenRows<kSteps, Lanes, Scalar> out(lanes, grad_x, neurons);
+  const ReadRows<kSteps, Lanes, Scalar> in(lanes, x, stride), grad_in(lanes, grad_spikes, stride);
+  WrittenRows<kSteps, Lanes, Scalar> out(lanes, grad_x, stride);
   for (int i = 0; i < width; ++i) {
     Value u[kSteps], gradient[kSteps], unused;
     STBP_STEP_LOOP
@@ -145,7 +145,7 @@ STBP_FN void turn(const Lanes& lanes, const Neuron& neuron, const Scalar* x, con
     STBP_STEP_LOOP
     for (int k = kSteps - 1; k >= 0; --k) {
       gradient[k] = neuron.step_back(u[k], gradient[k], carried);
-      lanes.prefetch(grad_spikes - (kSteps - k) * neurons, i);
+      lanes.prefetch(grad_spikes - (kSteps - k) * stride, i);
     }
     if (grad_needed) grad_v[i] = carried;
     STBP_STEP_LOOP
@@ -154,7 +154,7 @@ STBP_FN void turn(const Lanes& lanes, const Neuron& neuron, const Scalar* x, con
 }
 
 template <class Lanes, class Neuron, class Scalar>
-STBP_FN void forward_scan(const Lanes& lanes, const Neuron neuron, const LifForward<Scalar>& io, int64_t first) {
+STBP_FN void forward_scan(const Lanes& lanes, const Neuron neuron, const NeuronForward<Scalar>& io, int64_t first) {
   using State = typename Neuron::State;
   constexpr int kChunk = Lanes::kChunk;
   constexpr int kSteps = Lanes::kStepsAtOnce;
@@ -163,42 +163,43 @@ STBP_FN void forward_scan(const Lanes& lanes, const Neuron neuron, const LifForw
   bool from_zero = Lanes::kStateInMemory && io.initial == nullptr;
   if (!from_zero) load_state(lanes, v, io.initial ? io.initial + first : nullptr);
   const auto needed_after = [&](int64_t steps) {
-    return !Lanes::kStateInMemory || io.final_potential != nullptr || steps < io.steps;
+    return !Lanes::kStateInMemory || io.final_state != nullptr || steps < io.layout.steps;
   };
 
-  const Scalar* x = io.x + first;
-  Scalar* spikes = io.spikes + first;
-  State* states = io.states ? io.states + first : nullptr;
-  for (int64_t start = 0; start < io.steps; start += kChunk) {
-    const int64_t left = io.steps - start;
+  const int64_t at = io.layout.at(first, io.layout.steps);
+  const Scalar* x = io.x + at;
+  Scalar* spikes = io.output + at;
+  State* states = io.states ? io.states + io.layout.at(first, (io.layout.steps - 1) / kChunk) : nullptr;
+  for (int64_t start = 0; start < io.layout.steps; start += kChunk) {
+    const int64_t left = io.layout.steps - start;
     for (int k = 0; k < kChunk; k += kSteps) {
       if (left - k >= kSteps) {
-        advance<kSteps>(lanes, neuron, x, spikes, io.neurons, v, from_zero, needed_after(start + k + kSteps));
+        advance<kSteps>(lanes, neuron, x, spikes, io.layout.inner, v, from_zero, needed_after(start + k + kSteps));
         from_zero = false;
-        x += kSteps * io.neurons;
-        spikes += kSteps * io.neurons;
+        x += kSteps * io.layout.inner;
+        spikes += kSteps * io.layout.inner;
       } else {
         for (int64_t last = left - k; last > 0; --last) {
-          advance<1>(lanes, neuron, x, spikes, io.neurons, v, from_zero, needed_after(io.steps - last + 1));
+          advance<1>(lanes, neuron, x, spikes, io.layout.inner, v, from_zero, needed_after(io.layout.steps - last + 1));
           from_zero = false;
-          x += io.neurons;
-          spikes += io.neurons;
+          x += io.layout.inner;
+          spikes += io.layout.inner;
         }
         break;
       }
     }
     if (states && left > kChunk) {
       store_state(lanes, states, v);
-      states += io.neurons;
+      states += io.layout.inner;
     }
   }
-  if (io.final_potential) store_state(lanes, io.final_potential + first, v);
+  if (io.final_state) store_state(lanes, io.final_state + first, v);
 }
 
 // Walks back chunk by chunk: the potentials of a chunk are recomputed from the state before it, with the forward's own
 // arithmetic, then used in reverse.
 template <class Lanes, class Neuron, class Scalar>
-STBP_FN void backward_scan(const Lanes& lanes, const Neuron neuron, const LifBackward<Scalar>& io, int64_t first) {
+STBP_FN void backward_scan(const Lanes& lanes, const Neuron neuron, const NeuronBackward<Scalar>& io, int64_t first) {
   using Value = typename Lanes::Value;
   constexpr int kChunk = Lanes::kChunk;
   constexpr int kSteps = Lanes::kStepsAtOnce;
@@ -208,29 +209,34 @@ STBP_FN void backward_scan(const Lanes& lanes, const Neuron neuron, const LifBac
   bool grad_from_zero = Lanes::kStateInMemory && io.grad_final == nullptr;
   if (!grad_from_zero) load_state(lanes, grad_v, io.grad_final ? io.grad_final + first : nullptr);
 
-  for (int64_t chunk = (io.steps - 1) / kChunk; chunk >= 0; --chunk) {
+  const int64_t rows = io.layout.at(first, io.layout.steps);
+  const int64_t saved = io.layout.at(first, (io.layout.steps - 1) / kChunk);
+  for (int64_t chunk = (io.layout.steps - 1) / kChunk; chunk >= 0; --chunk) {
     const int64_t start = chunk * kChunk;
-    const int64_t left = io.steps - start;
-    const auto* before = chunk > 0 ? io.states + (chunk - 1) * io.neurons : io.initial;
+    const int64_t left = io.layout.steps - start;
+    const auto* before = chunk > 0    ? io.states + saved + (chunk - 1) * io.layout.inner
+                         : io.initial ? io.initial + first
+                                      : nullptr;
     bool from_zero = Lanes::kStateInMemory && before == nullptr;
-    if (!from_zero) load_state(lanes, v, before ? before + first : nullptr);
+    if (!from_zero) load_state(lanes, v, before);
 
-    const int64_t offset = start * io.neurons + first;
+    const int64_t offset = rows + start * io.layout.inner;
     const auto recompute_at = [&](auto steps, int k) {
-      recompute<decltype(steps)::value>(lanes, neuron, io.x + offset + k * io.neurons, io.neurons, v, from_zero, u + k);
+      recompute<decltype(steps)::value>(lanes, neuron, io.x + offset + k * io.layout.inner, io.layout.inner, v,
+                                        from_zero, u + k);
       from_zero = false;
     };
     const auto turn_at = [&](auto steps, int k) {
-      const int64_t at = offset + k * io.neurons;
-      turn<decltype(steps)::value>(lanes, neuron, io.x + at, io.grad_spikes + at, io.grad_x + at, io.neurons, v,
+      const int64_t at = offset + k * io.layout.inner;
+      turn<decltype(steps)::value>(lanes, neuron, io.x + at, io.grad_output + at, io.grad_x + at, io.layout.inner, v,
                                    from_zero, grad_v, grad_from_zero, start + k > 0 || io.grad_initial);
       grad_from_zero = false;
     };
     const auto go_back_at = [&](auto steps, int k) {
-      const int64_t at = offset + k * io.neurons;
+      const int64_t at = offset + k * io.layout.inner;
       const bool needed = !Lanes::kStateInMemory || start + k > 0 || io.grad_initial;
-      go_back<decltype(steps)::value>(lanes, neuron, u + k, io.grad_spikes + at, io.grad_x + at, io.neurons, grad_v,
-                                      needed);
+      go_back<decltype(steps)::value>(lanes, neuron, u + k, io.grad_output + at, io.grad_x + at, io.layout.inner,
+                                      grad_v, needed);
     };
     if constexpr (Lanes::kStateInMemory) {
       constexpr std::integral_constant<int, 1> one;

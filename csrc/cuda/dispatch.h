@@ -6,33 +6,10 @@
 #include <type_traits>
 
 #include "../neurons/registry.h"
+#include "general.cuh"
 #include "neuron.cuh"
 
 namespace stbp::cuda {
-
-template <class Scalar, class F>
-void visit_compiled_forward(const LifOptions& options, const F& f) {
-  using State = state_t<Scalar>;
-  const LifConstants<State> constants(options);
-  if constexpr (kHasSmooth<Scalar>) {
-    using Any = AnySurrogate<State, Surrogates>;
-    if (options.smooth)
-      return f(Lif<State, EitherReset, Smooth, Any>{constants, Any(options.surrogate, options.width)});
-  }
-  f(Lif<State, EitherReset, Heaviside, NoSurrogate>{constants, {}});
-}
-
-template <class Scalar, class F>
-void visit_compiled_backward(const LifOptions& options, const F& f) {
-  using State = state_t<Scalar>;
-  using Any = AnySurrogate<State, Surrogates>;
-  const LifConstants<State> constants(options);
-  const Any surrogate(options.surrogate, options.width);
-  if constexpr (kHasSmooth<Scalar>) {
-    if (options.smooth) return f(Lif<State, EitherReset, Smooth, Any>{constants, surrogate});
-  }
-  f(Lif<State, EitherReset, Heaviside, Any>{constants, surrogate});
-}
 
 // f(rows, width), both as constants.
 template <class Scalar, bool kBackward, class F>
@@ -53,41 +30,51 @@ void visit_compiled_size(const LifPlan& plan, const F& f) {
   with_rows(std::integral_constant<int, 0>());
 }
 
-// f(kernel, neuron): the LIF kernels of a number type.
+// f(kernel, neuron): the plain kernels of a number type.
 template <class Scalar, class F>
 void visit_lif_forward(const LifOptions& options, const LifPlan& plan, const F& f) {
-  visit_compiled_forward<Scalar>(options, [&](const auto& neuron) {
-    using Neuron = std::decay_t<decltype(neuron)>;
-    visit_compiled_size<Scalar, false>(plan, [&](auto rows, auto width) {
-      if constexpr (rows > 0) {
-        f(lif_forward_rows<rows, width, Scalar, Neuron>, neuron);
-      } else {
-        f(lif_forward<width, Scalar, Neuron>, neuron);
-      }
-    });
+  using State = state_t<Scalar>;
+  using Neuron = Lif<State, EitherReset, Heaviside, NoSurrogate>;
+  const Neuron neuron{LifConstants<State>(options), {}};
+  visit_compiled_size<Scalar, false>(plan, [&](auto rows, auto width) {
+    if constexpr (rows > 0) {
+      f(lif_forward_rows<rows, width, Scalar, Neuron>, neuron);
+    } else {
+      f(lif_forward<width, Scalar, Neuron>, neuron);
+    }
   });
 }
 
 template <class Scalar, class F>
 void visit_lif_backward(const LifOptions& options, const LifPlan& plan, const F& f) {
-  const auto with_size = [&](const auto& neuron, auto rows, auto width) {
-    using Neuron = std::decay_t<decltype(neuron)>;
-    if constexpr (rows > 0) {
-      f(lif_backward_rows<rows, width, Scalar, Neuron>, neuron);
-    } else {
-      f(lif_backward<width, Scalar, Neuron>, neuron);
-    }
-  };
+  using State = state_t<Scalar>;
+  using Any = AnyPlainSurrogateOf<State>;
+  const LifConstants<State> constants(options);
+  const Any surrogate(options.surrogate);
   visit_compiled_size<Scalar, true>(plan, [&](auto rows, auto width) {
-    if constexpr (width > 1) {
-      if (CommonReset::serves(options)) {
-        using State = state_t<Scalar>;
-        using Any = AnySurrogate<State, Surrogates>;
-        using Neuron = Lif<State, CommonReset, Heaviside, Any>;
-        return with_size(Neuron{LifConstants<State>(options), Any(options.surrogate, options.width)}, rows, width);
+    const auto with = [&](const auto& neuron) {
+      using Neuron = std::decay_t<decltype(neuron)>;
+      if constexpr (rows > 0) {
+        f(lif_backward_rows<rows, width, Scalar, Neuron>, neuron);
+      } else {
+        f(lif_backward<width, Scalar, Neuron>, neuron);
       }
+    };
+    if constexpr (width > 1) {
+      if (CommonReset::serves(options)) return with(Lif<State, CommonReset, Heaviside, Any>{constants, surrogate});
     }
-    visit_compiled_backward<Scalar>(options, [&](const auto& neuron) { with_size(neuron, rows, width); });
+    with(Lif<State, EitherReset, Heaviside, Any>{constants, surrogate});
+  });
+}
+
+// f(width, neuron): the general kernels of a number type, the width as a constant.
+template <class Scalar, class F>
+void visit_general_kernel(const NeuronOptions& options, const GeneralPlan& plan, const F& f) {
+  visit_general<Scalar>(options, [&](const auto& neuron) {
+    if constexpr (kGeneralPack<sizeof(Scalar)> > 1) {
+      if (plan.width > 1) return f(std::integral_constant<int, kGeneralPack<sizeof(Scalar)>>(), neuron);
+    }
+    f(std::integral_constant<int, 1>(), neuron);
   });
 }
 

@@ -92,12 +92,19 @@ void launch_blocks(Kernel kernel, const NeuNormPlan& plan, int device, void* str
       io, plan, neuron);
 }
 
+template <class Io, class State>
+GeneralPlan plan_of(const Io& io, const Extras<State>& extras, const NeuronOptions& options, int device) {
+  using Scalar = std::remove_const_t<std::remove_pointer_t<decltype(io.x)>>;
+  return plan_general<Scalar>(io.layout, extras, options, widest_pack(io, extras), properties_of(device));
+}
+
 }  // namespace
 
 template <class Scalar>
-void launch_forward(const LifForward<Scalar>& io, const LifOptions& options, int device, void* stream) {
+void launch_forward(const NeuronForward<Scalar>& io, const LifOptions& options, int device, void* stream) {
   const DeviceGuard guard(device);
-  const LifPlan plan = plan_lif(io.steps, io.neurons, sizeof(Scalar), false, widest_pack(io), properties_of(device));
+  const LifPlan plan =
+      plan_lif(io.layout.steps, io.layout.neurons(), sizeof(Scalar), false, widest_pack(io), properties_of(device));
   visit_lif_forward<Scalar>(options, plan, [&](auto kernel, const auto& neuron) {
     kernel<<<unsigned(plan.blocks), plan.threads, 0, static_cast<cudaStream_t>(stream)>>>(io, plan, neuron);
   });
@@ -105,9 +112,10 @@ void launch_forward(const LifForward<Scalar>& io, const LifOptions& options, int
 }
 
 template <class Scalar>
-void launch_backward(const LifBackward<Scalar>& io, const LifOptions& options, int device, void* stream) {
+void launch_backward(const NeuronBackward<Scalar>& io, const LifOptions& options, int device, void* stream) {
   const DeviceGuard guard(device);
-  const LifPlan plan = plan_lif(io.steps, io.neurons, sizeof(Scalar), true, widest_pack(io), properties_of(device));
+  const LifPlan plan =
+      plan_lif(io.layout.steps, io.layout.neurons(), sizeof(Scalar), true, widest_pack(io), properties_of(device));
   visit_lif_backward<Scalar>(options, plan, [&](auto kernel, const auto& neuron) {
     kernel<<<unsigned(plan.blocks), plan.threads, 0, static_cast<cudaStream_t>(stream)>>>(io, plan, neuron);
   });
@@ -115,11 +123,42 @@ void launch_backward(const LifBackward<Scalar>& io, const LifOptions& options, i
 }
 
 template <class Scalar>
+void launch_general_forward(const NeuronForward<Scalar>& io, const Extras<state_t<Scalar>>& extras,
+                            const NeuronOptions& options, int device, void* stream) {
+  const DeviceGuard guard(device);
+  const GeneralPlan plan = plan_of(io, extras, options, device);
+  if (plan.blocks == 0) return;
+  visit_general_kernel<Scalar>(options, plan, [&](auto width, const auto& neuron) {
+    general_forward<width>
+        <<<unsigned(plan.blocks), plan.threads, 0, static_cast<cudaStream_t>(stream)>>>(io, extras, plan, neuron);
+  });
+  throw_on(cudaGetLastError(), "launching general_forward");
+}
+
+template <class Scalar>
+void launch_general_backward(const NeuronBackward<Scalar>& io, const Extras<state_t<Scalar>>& extras,
+                             const NeuronOptions& options, int device, void* stream) {
+  const DeviceGuard guard(device);
+  const GeneralPlan plan = plan_of(io, extras, options, device);
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (plan.blocks > 0) {
+    visit_general_kernel<Scalar>(options, plan, [&](auto width, const auto& neuron) {
+      general_backward<width>
+          <<<unsigned(plan.blocks), plan.threads, size_t(plan.shared_bytes), on>>>(io, extras, plan, neuron);
+    });
+  }
+  throw_on(cudaGetLastError(), "launching general_backward");
+  if (!plan.learned) return;
+  general_gradients<<<unsigned(plan.entry_blocks), kMostThreads, 0, on>>>(extras, plan);
+  throw_on(cudaGetLastError(), "launching general_gradients");
+}
+
+template <class Scalar>
 void launch_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, int device, void* stream) {
   const DeviceGuard guard(device);
   const NeuNormSplit split = split_neunorm(io.features, io.positions, sizeof(Scalar));
   const NeuNormPlan plan = plan_neunorm(split, io, widest_pack(io), properties_of(device));
-  visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
+  visit_either_lif<Scalar>(PlainSurrogates(), options, [&](const auto& neuron) {
     visit_neunorm_tile<Scalar>(plan, [&](auto tile) {
       using Tile = decltype(tile);
       launch_blocks<Tile>(neunorm_forward<Tile, Scalar, std::decay_t<decltype(neuron)>>, plan, device, stream, io,
@@ -134,7 +173,7 @@ void launch_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions
   const DeviceGuard guard(device);
   const NeuNormSplit split = split_neunorm(io.features, io.positions, sizeof(Scalar));
   const NeuNormPlan plan = plan_neunorm(split, io, widest_pack(io), properties_of(device));
-  visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
+  visit_either_lif<Scalar>(PlainSurrogates(), options, [&](const auto& neuron) {
     visit_neunorm_tile<Scalar>(plan, [&](auto tile) {
       using Tile = decltype(tile);
       launch_blocks<Tile>(neunorm_backward<Tile, Scalar, std::decay_t<decltype(neuron)>>, plan, device, stream, io,
@@ -144,10 +183,14 @@ void launch_neunorm_backward(const NeuNormBackward<Scalar>& io, const LifOptions
   throw_on(cudaGetLastError(), "launching neunorm_backward");
 }
 
-#define STBP_INSTANTIATE(Scalar)                                                                              \
-  template void launch_forward<Scalar>(const LifForward<Scalar>&, const LifOptions&, int, void*);             \
-  template void launch_backward<Scalar>(const LifBackward<Scalar>&, const LifOptions&, int, void*);           \
-  template void launch_neunorm_forward<Scalar>(const NeuNormForward<Scalar>&, const LifOptions&, int, void*); \
+#define STBP_INSTANTIATE(Scalar)                                                                               \
+  template void launch_forward<Scalar>(const NeuronForward<Scalar>&, const LifOptions&, int, void*);           \
+  template void launch_backward<Scalar>(const NeuronBackward<Scalar>&, const LifOptions&, int, void*);         \
+  template void launch_general_forward<Scalar>(const NeuronForward<Scalar>&, const Extras<state_t<Scalar>>&,   \
+                                               const NeuronOptions&, int, void*);                              \
+  template void launch_general_backward<Scalar>(const NeuronBackward<Scalar>&, const Extras<state_t<Scalar>>&, \
+                                                const NeuronOptions&, int, void*);                             \
+  template void launch_neunorm_forward<Scalar>(const NeuNormForward<Scalar>&, const LifOptions&, int, void*);  \
   template void launch_neunorm_backward<Scalar>(const NeuNormBackward<Scalar>&, const LifOptions&, int, void*);
 STBP_INSTANTIATE(float)
 STBP_INSTANTIATE(double)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/io.h"
+#include "../neurons/registry.h"
 
 namespace stbp::cuda {
 
@@ -12,11 +13,18 @@ constexpr int kAtOnce = 8;
 constexpr int kChunk = 2 * kAtOnce;
 constexpr int kNeuNormChunk = 8;
 
-// `stream` is a cudaStream_t of `device`. Both return at once, and throw std::runtime_error if the launch fails.
+// `stream` is a cudaStream_t of `device`. All return at once, and throw std::runtime_error if the launch fails.
 template <class Scalar>
-void launch_forward(const LifForward<Scalar>& io, const LifOptions& options, int device, void* stream);
+void launch_forward(const NeuronForward<Scalar>& io, const LifOptions& options, int device, void* stream);
 template <class Scalar>
-void launch_backward(const LifBackward<Scalar>& io, const LifOptions& options, int device, void* stream);
+void launch_backward(const NeuronBackward<Scalar>& io, const LifOptions& options, int device, void* stream);
+// general_partial of plan.h tells the size of extras.partial.
+template <class Scalar>
+void launch_general_forward(const NeuronForward<Scalar>& io, const Extras<state_t<Scalar>>& extras,
+                            const NeuronOptions& options, int device, void* stream);
+template <class Scalar>
+void launch_general_backward(const NeuronBackward<Scalar>& io, const Extras<state_t<Scalar>>& extras,
+                             const NeuronOptions& options, int device, void* stream);
 template <class Scalar>
 void launch_neunorm_forward(const NeuNormForward<Scalar>& io, const LifOptions& options, int device, void* stream);
 template <class Scalar>

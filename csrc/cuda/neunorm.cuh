@@ -9,22 +9,20 @@
 #include <type_traits>
 
 #include "../core/neunorm.h"
-#include "../neurons/lif.h"
 #include "neuron.cuh"
 
 namespace stbp::cuda {
 
-#if defined(__CUDACC__)
-// Dynamic shared memory.
-__device__ __forceinline__ unsigned char* shared_bytes() {
-  extern __shared__ __align__(16) unsigned char bytes[];
-  return bytes;
-}
-#endif
-
 // Minimum resident blocks of kNeuNormThreads per multiprocessor (__launch_bounds__): the most at which nothing spills.
-template <class Scalar>
-constexpr int kNeuNormForwardBlocks = sizeof(Scalar) == 8 ? 1 : 3;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kNeuNormBlocksOfPairs = 2;
+#else
+constexpr int kNeuNormBlocksOfPairs = 3;
+#endif
+template <class Scalar, class Tile>
+constexpr int kNeuNormForwardBlocks = sizeof(Scalar) == 8    ? 1
+                                      : Tile::kPositions > 1 ? kNeuNormBlocksOfPairs
+                                                             : 3;
 template <class Scalar>
 constexpr int kNeuNormBackwardBlocks = sizeof(Scalar) == 8 ? 1 : 2;
 
@@ -201,7 +199,7 @@ struct ChunkRows {
 
 // A block for every row of lanes of every sample.
 template <class Tile, class Scalar, class Neuron>
-__global__ void __launch_bounds__(kNeuNormThreads, (kNeuNormForwardBlocks<Scalar>))
+__global__ void __launch_bounds__(kNeuNormThreads, (kNeuNormForwardBlocks<Scalar, Tile>))
     neunorm_forward(const NeuNormForward<Scalar> io, const NeuNormPlan plan, Neuron neuron) {
   using State = state_t<Scalar>;
   constexpr int kWidth = Tile::kWidth, kPositions = Tile::kPositions;
@@ -313,7 +311,7 @@ __global__ void __launch_bounds__(kNeuNormThreads, (kNeuNormBackwardBlocks<Scala
   using Part = typename Rows::Part;
   constexpr int kWidth = Tile::kWidth, kPositions = Tile::kPositions, kPart = Rows::kPart, kParts = Rows::kParts;
   constexpr int kAhead = kPositions > 1 ? 1 : Tile::kAhead, kBuffers = kAhead > 0 ? kAhead : 1;
-  constexpr int kGroup = kNeuNormChunk / (kParts > 1 ? 4 : 2), kSlots = kNeuNormChunk * kParts;
+  constexpr int kGroup = kNeuNormChunk / (kParts > 1 || sizeof(Scalar) == 8 ? 4 : 2), kSlots = kNeuNormChunk * kParts;
   __shared__ State scratch[kNeuNormScratch<Tile::kInWarp>];
   const Block<State, Tile> block(io, plan, scratch);
   if (io.decays) neuron.c.decay = io.decays[0];

@@ -5,6 +5,8 @@
 
 #include <utility>
 
+#include "../torch/implement.h"
+#include "../torch/neunorm_op.h"
 #include "../torch/neuron_op.h"
 #include "launch.h"
 #include "plan.h"
@@ -33,12 +35,27 @@ struct Cuda {
   static constexpr bool kCarriesInMemory = true;
 
   template <class Scalar>
-  static void forward(const LifForward<Scalar>& io, const LifOptions& options, int device) {
+  static void forward(const NeuronForward<Scalar>& io, const LifOptions& options, int device) {
     cuda::launch_forward(io, options, device, current_stream(device));
   }
   template <class Scalar>
-  static void backward(const LifBackward<Scalar>& io, const LifOptions& options, int device) {
+  static void backward(const NeuronBackward<Scalar>& io, const LifOptions& options, int device) {
     cuda::launch_backward(io, options, device, current_stream(device));
+  }
+  template <class Scalar>
+  static void general_forward(const NeuronForward<Scalar>& io, const Extras<state_t<Scalar>>& extras,
+                              const NeuronOptions& options, int device) {
+    cuda::launch_general_forward(io, extras, options, device, current_stream(device));
+  }
+  template <class Scalar>
+  static void general_backward(const NeuronBackward<Scalar>& io, const Extras<state_t<Scalar>>& extras,
+                               const NeuronOptions& options, int device) {
+    cuda::launch_general_backward(io, extras, options, device, current_stream(device));
+  }
+  template <class Scalar>
+  static int64_t general_partial(const Layout& layout, const Extras<state_t<Scalar>>& extras,
+                                 const NeuronOptions& options) {
+    return cuda::general_partial<Scalar>(layout, extras, options);
   }
   static std::pair<int64_t, int64_t> neunorm_parts(const NeuNormShape& shape, ScalarType type, bool) {
     int bytes = 0;

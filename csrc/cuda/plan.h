@@ -3,10 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <variant>
 
 #include "../core/io.h"
 #include "../core/neunorm.h"
 #include "../core/number.h"
+#include "../neurons/registry.h"
 #include "launch.h"
 
 namespace stbp::cuda {
@@ -57,6 +59,144 @@ inline LifPlan plan_lif(int64_t steps, int64_t neurons, int scalar_bytes, bool b
   const int64_t threads = (neurons + plan.width - 1) / plan.width;
   while (plan.threads > 32 && threads < int64_t(device.processors) * plan.threads) plan.threads /= 2;
   plan.blocks = (threads + plan.threads - 1) / plan.threads;
+  return plan;
+}
+
+// Neurons of a thread of the general kernels where there are many: with their parameters, and the gradients of these,
+// more would not fit into the registers. (Of double one neuron.)
+template <int kScalarBytes>
+constexpr int kGeneralPack = kScalarBytes == 8 ? 1 : 4;
+constexpr int kGeneralAtOnce = 4;  // steps whose rows a thread loads at once
+
+// How the sums over neurons that share a parameter are shared out. Follows from the call alone, since the caller
+// allocates `partial` by it.
+//
+// The neurons are a table of `repeats` rows of one period: the positions that differ in their parameters, or any number
+// of neurons where all share one. A block has neighbouring positions of a group of repeats. Its threads sum over
+// repeats and steps, then the block over its threads; where the positions of an entry end, within a block or with it, a
+// sum does: sum number b + c for block b and entry c.
+struct GeneralSplit {
+  bool learned;
+  int pack;        // neurons of a thread, as far as the shape allows
+  int lanes;       // threads side by side, with packs
+  bool own;        // neighbours have entries of their own, so that a thread has sums for each neuron
+  int parameters;  // of the neuron, without scale and shift
+  bool affine;
+  int64_t group, count;     // neuron n has entry n / group % count
+  int64_t rows, cells;      // of scale and shift; sums for each entry, of all parameters and rows: 0 if not learned
+  int64_t period, repeats;  // period * repeats >= N
+  int64_t columns, groups;  // blocks: side by side, and groups of repeats
+  int64_t held;             // doubles of all blocks' threads that do not fit into shared memory
+
+  STBP_FN int64_t sums() const { return columns + count; }  // of one cell and group
+  int64_t partial() const { return cells * groups * sums() + held; }
+};
+
+struct GeneralPlan : GeneralSplit {
+  int width;        // neurons of a thread
+  int threads;      // of a block
+  int thread_rows;  // repeats that a block works on at once
+  int64_t passes;   // repeats of a thread
+  int64_t blocks;
+  int shared_bytes;      // for a block's sums
+  int team;              // threads that add up the sums of an entry; a power of 2
+  int64_t entry_blocks;  // that do so for all entries
+};
+
+constexpr int kLearningLanes = 32;  // 128 bytes of a half type; the other threads of a block have other repeats
+
+template <class Scalar>
+GeneralSplit split_general(const Layout& layout, const Extras<state_t<Scalar>>& extras, const NeuronOptions& options) {
+  constexpr int kPack = kGeneralPack<sizeof(Scalar)>, kSharedBytes = 48 * 1024;
+  // Blocks for any GPU: many, as some end before others, but fewer where each has much to write.
+  constexpr int64_t kBlocks = 4096, kBlocksOfOwn = 1024;
+  GeneralSplit split{};
+  split.learned = extras.grad_parameters != nullptr;
+  split.group = extras.parameters && extras.count > 1 ? extras.group : 1;
+  split.count = extras.parameters ? extras.count : 1;
+  split.rows = extras.rows;
+  split.parameters = std::visit([](const auto& of) { return of.kParameters; }, options);
+  split.affine = extras.affine;
+  split.cells = split.learned ? split.parameters + (extras.affine ? 2 * extras.rows : 0) : 0;
+  const int64_t neurons = layout.neurons();
+  const bool one = split.count == 1;
+  const bool aligned = one || split.group % kPack == 0 || (split.group == 1 && split.count % kPack == 0);
+  const bool packs = layout.inner % kPack == 0 && (!extras.lengths || extras.sample % kPack == 0);
+  split.pack = packs && aligned && (!extras.affine || extras.rows == 1) ? kPack : 1;
+  const auto over = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  split.lanes = kMostThreads;
+  split.groups = split.repeats = 1;
+  if (!split.learned) return split;
+  split.own = !one && split.group == 1 && split.pack > 1;
+  if (one) {
+    split.columns = over(neurons, int64_t(kMostThreads) * split.pack);
+    if (split.columns > kBlocks) split.columns = kBlocks;
+    split.group = split.period = split.columns * kMostThreads * split.pack;
+  } else {
+    split.period = split.group * split.count;
+    const int64_t lanes = over(split.period, split.pack);
+    split.lanes = int(lanes < kLearningLanes ? lanes : kLearningLanes);
+    split.columns = over(split.period, int64_t(split.lanes) * split.pack);
+  }
+  split.repeats = split.period > 0 ? over(neurons, split.period) : 0;
+  const int64_t most = over(split.repeats, kMostThreads / split.lanes);
+  if (!one && split.columns > 0) split.groups = over(split.own ? kBlocksOfOwn : kBlocks, split.columns);
+  if (split.groups > most) split.groups = most > 0 ? most : 1;
+  const int64_t of_block = split.cells * (split.own ? split.pack : 1) * kMostThreads;
+  if (of_block * int64_t(sizeof(double)) > kSharedBytes) split.held = of_block * split.columns * split.groups;
+  return split;
+}
+
+// How many doubles Extras::partial needs, for a call with its pointers but that one.
+template <class Scalar>
+int64_t general_partial(const Layout& layout, const Extras<state_t<Scalar>>& extras, const NeuronOptions& options) {
+  return split_general<Scalar>(layout, extras, options).partial();
+}
+
+// For packs at most `widest` wide. Single neurons where there are few, as in plan_lif, and nothing is learned.
+template <class Scalar>
+GeneralPlan plan_general(const Layout& layout, const Extras<state_t<Scalar>>& extras, const NeuronOptions& options,
+                         int widest, const DeviceProperties& device) {
+  const GeneralSplit split = split_general<Scalar>(layout, extras, options);
+  GeneralPlan plan{};
+  static_cast<GeneralSplit&>(plan) = split;
+  const int64_t neurons = layout.neurons();
+  const bool many = split.learned || neurons / split.pack >= int64_t(device.processors) * 2 * kMostThreads;
+  plan.width = many && split.pack <= widest ? split.pack : 1;
+  const auto over = [](int64_t a, int64_t b) { return b > 0 ? (a + b - 1) / b : 0; };
+  if (!split.learned) {
+    plan.thread_rows = 1;
+    plan.passes = 1;
+    plan.lanes = kMostThreads;
+    while (plan.lanes > 32 && over(neurons, plan.width) < int64_t(device.processors) * plan.lanes) plan.lanes /= 2;
+    plan.threads = plan.lanes;
+    plan.period = neurons;
+    plan.blocks = plan.columns = over(neurons, int64_t(plan.lanes) * plan.width);
+    return plan;
+  }
+  // The columns stay as they are: with single neurons their lanes are more, or the repeats.
+  if (plan.width < split.pack) {
+    plan.own = false;
+    if (split.count > 1) {
+      plan.lanes *= split.pack;
+    } else {
+      plan.group = plan.period = plan.columns * kMostThreads;
+      plan.repeats = over(neurons, plan.period);
+    }
+  }
+  plan.thread_rows = kMostThreads / plan.lanes;
+  if (plan.thread_rows > plan.repeats) plan.thread_rows = plan.repeats > 0 ? int(plan.repeats) : 1;
+  plan.threads = plan.lanes * plan.thread_rows;
+  plan.passes = over(plan.repeats, plan.groups * plan.thread_rows);
+  plan.blocks = plan.columns * plan.groups;
+  const int64_t of_block = plan.cells * (plan.own ? plan.width : 1) * plan.threads;
+  plan.shared_bytes = split.held > 0 ? 0 : int(of_block * int64_t(sizeof(double)));
+  const int64_t in_block = int64_t(plan.lanes) * plan.width;
+  const int64_t terms = (over(plan.group, in_block) + 1) * plan.groups;
+  plan.team = 1;
+  while (plan.team < kMostThreads && plan.team * 4 < terms) plan.team *= 2;
+  plan.entry_blocks =
+      over((plan.parameters + (plan.affine ? 2 : 0)) * plan.rows * plan.count, kMostThreads / plan.team);
   return plan;
 }
 

@@ -1,49 +1,100 @@
-// The leaky integrate-and-fire neuron: one time step, and its adjoint. The only place where its arithmetic is written.
+// The leaky integrate-and-fire neuron: its options, one time step, and the adjoint of that. The only place where its
+// arithmetic is written.
 //
-//   charge  u[t] = decay v[t-1] + x[t]
+//   charge  u[t] = decay v[t-1] + i[t]
 //   fire    o[t] = 1 if u[t] >= v_threshold else 0
 //   reset   v[t] = u[t] (1 - o[t]) + v_reset o[t]    hard
-//           v[t] = u[t] - v_threshold o[t]           soft
+//           v[t] = u[t] - subtract o[t]              soft
 //
-// Every function is a template of V, a number or a vector of them (number.h). The order of the operations is that of
-// stbp_cuda/reference.py and of autograd on it; compiled without fused multiply-add, both give the same bits. A spike
-// is 0 or 1, and where the reference multiplies by it, one of two values is chosen here: for finite numbers the same,
-// but for the sign of a zero.
+// Every function is a template of V, a number or a vector of them (number.h), and of what holds the parameters: the
+// constants of a launch, or values of V. The order of the operations is that of stbp_cuda/neurons.py and of autograd on
+// it; compiled without fused multiply-add, both give the same bits. A spike is 0 or 1, and where the reference
+// multiplies by it, one of two values is chosen here: for finite numbers the same, but for the sign of a zero.
 #pragma once
 
 #include <cmath>
 
-#include "../core/io.h"
 #include "../core/number.h"
+#include "surrogate.h"
 
 namespace stbp {
 
+struct LifOptions {
+  static constexpr const char* kName = "lif";
+  static constexpr int kParameters = 3;  // decay, v_threshold, subtract
+  double decay = 0.25;
+  double v_threshold = 0.75;
+  double subtract = 0.75;
+  double v_reset = 0;
+  bool soft_reset = false;
+  bool detach_reset = false;
+  bool spatial_only = false;
+  bool strict_threshold = false;
+  bool smooth = false;  // fire with the surrogate's antiderivative; double only
+  SurrogateOptions surrogate;
+
+  template <class Reader>
+  void read(Reader& reader) {
+    reader.number("decay", decay);
+    reader.number("v_threshold", v_threshold);
+    reader.number("subtract", subtract);
+    reader.number("v_reset", v_reset);
+    reader.choice("reset", soft_reset, "hard", "soft");
+    reader.flag("detach_reset", detach_reset);
+    reader.flag("spatial_only", spatial_only);
+    reader.flag("strict_threshold", strict_threshold);
+    reader.flag("smooth", smooth);
+    surrogate.read(reader);
+  }
+
+  bool is_smooth() const { return smooth; }
+  // Whether the plain kernels and those with normalisation know the reset and the surrogate.
+  bool is_plain() const { return !(soft_reset && subtract != v_threshold) && surrogate.is_plain(); }
+  bool needs_general() const { return smooth || !is_plain(); }
+};
+
+// The parameters of neurons that have their own.
+template <class V>
+struct LifValues {
+  V decay, v_threshold, subtract, fires_at;
+};
+
+// The next number above.
+template <class V>
+STBP_FN V next_above(V x) {
+  using Bits = typename Math<V>::Bits;
+  const Bits bits = bit_cast<Bits>(x), one = broadcast<Bits>(1u);
+  return bit_cast<V>(x > V{} ? bits + one : x < V{} ? bits - one : one);
+}
+
 template <class State>
 struct LifConstants {
-  State decay, v_threshold, v_reset;
+  State decay, v_threshold, v_reset, subtract;
   State fires_at;  // the smallest potential that fires
-  bool resets_to_zero;
+  bool strict, resets_to_zero;
   bool detached;      // no gradient flows through the reset
   bool spatial_only;  // none flows from a step to the one before
   // For EitherReset.
   using Bits = typename Math<State>::Bits;
-  Bits soft;             // a mask of all bits with a soft reset
-  State soft_threshold;  // 0 with a hard one
-  State kept, shift;     // a neuron that fires goes from u to kept u + shift
+  Bits soft;          // a mask of all bits with a soft reset
+  State soft_target;  // what that subtracts; 0 with a hard one
+  State kept, shift;  // a neuron that fires goes from u to kept u + shift
   Bits adds_v_reset, attached, temporal;
 
   explicit LifConstants(const LifOptions& options)
       : decay(State(options.decay)),
         v_threshold(State(options.v_threshold)),
         v_reset(State(options.v_reset)),
+        subtract(State(options.subtract)),
         fires_at(options.strict_threshold ? std::nextafter(v_threshold, State(INFINITY)) : v_threshold),
+        strict(options.strict_threshold),
         resets_to_zero(v_reset == State(0)),
         detached(options.detach_reset),
         spatial_only(options.spatial_only),
         soft(mask(options.soft_reset)),
-        soft_threshold(options.soft_reset ? v_threshold : State(0)),
+        soft_target(options.soft_reset ? subtract : State(0)),
         kept(options.soft_reset ? State(1) : State(0)),
-        shift(options.soft_reset ? -v_threshold : v_reset),
+        shift(options.soft_reset ? -subtract : v_reset),
         adds_v_reset(mask(!options.soft_reset && !resets_to_zero && !detached)),
         attached(mask(!detached)),
         temporal(mask(!spatial_only)) {}
@@ -56,9 +107,9 @@ struct LifConstants {
 // differentiable and its gradient can be checked numerically. `fire` tells who fired: a condition, or how much.
 struct Heaviside {
   static constexpr bool kBinary = true;
-  template <class State, class Surrogate, class V>
-  static STBP_FN auto fire(const LifConstants<State>& c, const Surrogate&, V u) {
-    return Math<V>::at_least(u, broadcast<V>(c.fires_at));
+  template <class State, class Parameters, class Surrogate, class V>
+  static STBP_FN auto fire(const LifConstants<State>&, const Parameters& p, const Surrogate&, V u) {
+    return Math<V>::at_least(u, broadcast<V>(p.fires_at));
   }
   template <class V, class State, class Fired>
   static STBP_FN V spike(Fired fired) {
@@ -68,9 +119,9 @@ struct Heaviside {
 
 struct Smooth {
   static constexpr bool kBinary = false;
-  template <class State, class Surrogate, class V>
-  static STBP_FN V fire(const LifConstants<State>& c, const Surrogate& surrogate, V u) {
-    return surrogate.antiderivative(u - c.v_threshold);
+  template <class State, class Parameters, class Surrogate, class V>
+  static STBP_FN V fire(const LifConstants<State>&, const Parameters& p, const Surrogate& surrogate, V u) {
+    return surrogate.antiderivative(u - p.v_threshold);
   }
   template <class V, class State>
   static STBP_FN V spike(V o) {
@@ -79,93 +130,120 @@ struct Smooth {
 };
 
 struct AnyReset {
+  template <class State>
+  static STBP_FN bool subtracts(const LifConstants<State>&) {
+    return false;
+  }
+  template <class State, class Parameters, class V>
+  static STBP_FN V charge(const LifConstants<State>&, const Parameters& p, V v, V current) {
+    return p.decay * v + current;
+  }
   // dL/dv[t-1] from dL/du[t].
-  template <class State, class V>
-  static STBP_FN V leak(const LifConstants<State>& c, V grad_u) {
-    return c.spatial_only ? V{} : grad_u * c.decay;
+  template <class State, class Parameters, class V>
+  static STBP_FN V leak(const LifConstants<State>& c, const Parameters& p, V grad_u) {
+    return c.spatial_only ? V{} : grad_u * p.decay;
   }
 };
 
 struct HardReset : AnyReset {
-  template <class State, class V, class Fired>
-  static STBP_FN V apply(Heaviside, const LifConstants<State>& c, V u, Fired fired) {
+  template <class State, class Parameters, class V, class Fired>
+  static STBP_FN V apply(Heaviside, const LifConstants<State>& c, const Parameters&, V u, Fired fired) {
     // v_reset, but NaN after an infinite potential, as in the reference.
     return Math<V>::choose(fired, Math<V>::zero_times_plus(u, broadcast<V>(c.v_reset)), u);
   }
-  template <class State, class V>
-  static STBP_FN V apply(Smooth, const LifConstants<State>& c, V u, V o) {
-    return u * (State(1) - o) + c.v_reset * o;
-  }
   // dL/do from the spike's own gradient and, through the reset, from grad_v = dL/dv.
-  template <class State, class V>
-  static STBP_FN V grad_spike(const LifConstants<State>& c, V u, V grad_spike, V grad_v) {
+  template <class State, class Parameters, class V>
+  static STBP_FN V grad_spike(const LifConstants<State>& c, const Parameters&, V u, V grad_spike, V grad_v) {
     if (c.detached) return grad_spike;
     // To neither add nor multiply is worth a condition: kernels on a CPU are bound by their arithmetic here.
     const V shifted = c.resets_to_zero ? grad_spike : grad_spike + grad_v * c.v_reset;
     return shifted - grad_v * u;
   }
   // dL/du from dL/dv with the spike held fixed.
-  template <class State, class V, class Fired>
-  static STBP_FN V grad_potential(Heaviside, const LifConstants<State>&, Fired fired, V grad_v) {
+  template <class State, class Parameters, class V, class Fired>
+  static STBP_FN V grad_potential(Heaviside, const LifConstants<State>&, const Parameters&, Fired fired, V grad_v) {
     return Math<V>::choose(fired, V{}, grad_v);
-  }
-  template <class State, class V>
-  static STBP_FN V grad_potential(Smooth, const LifConstants<State>&, V o, V grad_v) {
-    return grad_v * (State(1) - o);
   }
 };
 
 struct SoftReset : AnyReset {
-  template <class State, class V, class Fired>
-  static STBP_FN V apply(Heaviside, const LifConstants<State>& c, V u, Fired fired) {
-    return Math<V>::choose(fired, u - c.v_threshold, u);
+  template <class State>
+  static STBP_FN bool subtracts(const LifConstants<State>&) {
+    return true;
   }
-  template <class State, class V>
-  static STBP_FN V apply(Smooth, const LifConstants<State>& c, V u, V o) {
-    return u - c.v_threshold * o;
+  template <class State, class Parameters, class V, class Fired>
+  static STBP_FN V apply(Heaviside, const LifConstants<State>&, const Parameters& p, V u, Fired fired) {
+    return Math<V>::choose(fired, u - p.subtract, u);
   }
-  template <class State, class V>
-  static STBP_FN V grad_spike(const LifConstants<State>& c, V, V grad_spike, V grad_v) {
-    return c.detached ? grad_spike : grad_spike - grad_v * c.v_threshold;
+  template <class State, class Parameters, class V>
+  static STBP_FN V grad_spike(const LifConstants<State>& c, const Parameters& p, V, V grad_spike, V grad_v) {
+    return c.detached ? grad_spike : grad_spike - grad_v * p.subtract;
   }
-  template <class Firing, class State, class V, class Fired>
-  static STBP_FN V grad_potential(Firing, const LifConstants<State>&, Fired, V grad_v) {
+  template <class State, class Parameters, class V, class Fired>
+  static STBP_FN V grad_potential(Heaviside, const LifConstants<State>&, const Parameters&, Fired, V grad_v) {
     return grad_v;
   }
 };
 
-// One of the two, chosen while a kernel runs, for devices where that costs less than to compile each kernel twice.
-// Masks choose, of all bits or none, for what looks like a condition becomes jumps, and loads do not cross these.
+// One of the two, chosen while a kernel runs, for devices where that costs less than to compile each kernel twice, and
+// for neurons with parameters of their own. Masks choose, of all bits or none, for
+// what looks like a condition becomes jumps, and loads do not cross these.
 struct EitherReset {
   template <class State>
-  static STBP_FN State only(State value, typename Math<State>::Bits mask) {
-    return bit_cast<State>(bit_cast<typename Math<State>::Bits>(value) & mask);
+  static STBP_FN bool subtracts(const LifConstants<State>& c) {
+    return c.soft != 0;
+  }
+  template <class V, class Bits>
+  static STBP_FN V only(V value, Bits mask) {
+    return bit_cast<V>(bit_cast<typename Math<V>::Bits>(value) & mask);
   }
 
-  template <class State>
-  static STBP_FN State apply(Heaviside, const LifConstants<State>& c, State u, bool fired) {
+  template <class State, class Parameters, class V>
+  static STBP_FN V charge(const LifConstants<State>&, const Parameters& p, V v, V current) {
+    return p.decay * v + current;
+  }
+  template <class State, class V>
+  static STBP_FN V apply(Heaviside, const LifConstants<State>& c, const LifConstants<State>&, V u, bool fired) {
     return fired ? u * c.kept + c.shift : u;
   }
-  template <class State>
-  static STBP_FN State apply(Smooth smooth, const LifConstants<State>& c, State u, State o) {
-    return c.soft ? SoftReset::apply(smooth, c, u, o) : HardReset::apply(smooth, c, u, o);
+  template <class State, class V, class Fired>
+  static STBP_FN V apply(Heaviside, const LifConstants<State>& c, const LifValues<V>& p, V u, Fired fired) {
+    const V less = c.soft ? u - p.subtract : Math<V>::zero_times_plus(u, broadcast<V>(c.v_reset));
+    return Math<V>::choose(fired, less, u);
   }
-  template <class State>
-  static STBP_FN State grad_spike(const LifConstants<State>& c, State u, State grad_spike, State grad_v) {
-    const State target = only(u, ~c.soft) + c.soft_threshold;
+  template <class State, class Parameters, class V>
+  static STBP_FN V apply(Smooth, const LifConstants<State>& c, const Parameters& p, V u, V o) {
+    if (c.soft) return u - p.subtract * o;
+    return u * (State(1) - o) + c.v_reset * o;
+  }
+  template <class State, class V>
+  static STBP_FN V grad_spike(const LifConstants<State>& c, const LifConstants<State>&, V u, V grad_spike, V grad_v) {
+    const V target = only(u, ~c.soft) + c.soft_target;
     return (grad_spike + only(grad_v * c.v_reset, c.adds_v_reset)) - only(grad_v * target, c.attached);
   }
-  template <class State>
-  static STBP_FN State grad_potential(Heaviside, const LifConstants<State>& c, bool fired, State grad_v) {
+  template <class State, class V>
+  static STBP_FN V grad_spike(const LifConstants<State>& c, const LifValues<V>& p, V u, V grad_spike, V grad_v) {
+    if (c.soft) return grad_spike - only(grad_v * p.subtract, c.attached);
+    return (grad_spike + only(grad_v * c.v_reset, c.adds_v_reset)) - only(grad_v * u, c.attached);
+  }
+  template <class State, class V>
+  static STBP_FN V grad_potential(Heaviside, const LifConstants<State>& c, const LifConstants<State>&, bool fired,
+                                  V grad_v) {
     return fired ? only(grad_v, c.soft) : grad_v;
   }
-  template <class State>
-  static STBP_FN State grad_potential(Smooth, const LifConstants<State>& c, State o, State grad_v) {
-    return c.soft ? grad_v : grad_v * (State(1) - o);
+  template <class State, class V, class Fired>
+  static STBP_FN V grad_potential(Heaviside, const LifConstants<State>& c, const LifValues<V>&, Fired fired, V grad_v) {
+    if (c.soft) return grad_v;
+    return Math<V>::choose(fired, V{}, grad_v);
   }
-  template <class State>
-  static STBP_FN State leak(const LifConstants<State>& c, State grad_u) {
-    return only(grad_u * c.decay, c.temporal);
+  template <class State, class Parameters, class V>
+  static STBP_FN V grad_potential(Smooth, const LifConstants<State>& c, const Parameters&, V o, V grad_v) {
+    if (c.soft) return grad_v;
+    return grad_v * (State(1) - o);
+  }
+  template <class State, class Parameters, class V>
+  static STBP_FN V leak(const LifConstants<State>& c, const Parameters& p, V grad_u) {
+    return only(grad_u * p.decay, c.temporal);
   }
 };
 
@@ -173,16 +251,17 @@ struct EitherReset {
 // step to step.
 struct CommonReset : HardReset {
   template <class State, class Fired>
-  static STBP_FN State apply(Heaviside, const LifConstants<State>&, State u, Fired fired) {
+  static STBP_FN State apply(Heaviside, const LifConstants<State>&, const LifConstants<State>&, State u, Fired fired) {
     return fired ? u * State(0) : u;
   }
   template <class State>
-  static STBP_FN State grad_spike(const LifConstants<State>&, State u, State grad_spike, State grad_v) {
+  static STBP_FN State grad_spike(const LifConstants<State>&, const LifConstants<State>&, State u, State grad_spike,
+                                  State grad_v) {
     return grad_spike - grad_v * u;
   }
   template <class State>
-  static STBP_FN State leak(const LifConstants<State>& c, State grad_u) {
-    return grad_u * c.decay;
+  static STBP_FN State leak(const LifConstants<State>&, const LifConstants<State>& p, State grad_u) {
+    return grad_u * p.decay;
   }
   static bool serves(const LifOptions& options) {
     return !options.soft_reset && options.v_reset == 0 && !options.detach_reset && !options.spatial_only;
@@ -192,27 +271,41 @@ struct CommonReset : HardReset {
 template <class State_, class Reset, class Firing, class Surrogate>
 struct Lif {
   using State = State_;
+  static constexpr int kParameters = LifOptions::kParameters;
   static constexpr bool kBinary = Firing::kBinary;  // spikes are 0 or 1
   LifConstants<State> c;
   Surrogate surrogate;
 
-  // The step from v[t-1] in `v` to v[t]: returns u[t], and o[t] in `o`.
+  STBP_FN State parameter(int which) const { return which == 0 ? c.decay : which == 1 ? c.v_threshold : c.subtract; }
   template <class V>
-  STBP_FN V step(V& v, V x, V& o) const {
-    const V u = c.decay * v + x;
-    const auto fired = Firing::fire(c, surrogate, u);
+  STBP_FN LifValues<V> values(const V (&of)[kParameters]) const {
+    return {of[0], of[1], of[2], c.strict ? next_above(of[1]) : of[1]};
+  }
+
+  // Whether a parameter can have a gradient other than 0.
+  STBP_FN bool learns(int which) const { return which < 2 || Reset::subtracts(c); }
+
+  // The step from v[t-1] in `v` to v[t]: returns u[t], and o[t] in `o`.
+  template <class Parameters, class V>
+  STBP_FN V step(const Parameters& p, V& v, V current, V& o) const {
+    const V u = Reset::charge(c, p, v, current);
+    const auto fired = Firing::fire(c, p, surrogate, u);
     o = Firing::template spike<V, State>(fired);
-    v = Reset::apply(Firing(), c, u, fired);
+    v = Reset::apply(Firing(), c, p, u, fired);
     return u;
+  }
+  template <class V>
+  STBP_FN V step(V& v, V current, V& o) const {
+    return step(c, v, current, o);
   }
 
   // v[t] from u[t].
   template <class V>
   STBP_FN V after(V u) const {
-    return Reset::apply(Firing(), c, u, Firing::fire(c, surrogate, u));
+    return Reset::apply(Firing(), c, c, u, Firing::fire(c, c, surrogate, u));
   }
 
-  // The step back: returns dL/du[t], which is also dL/dx[t], from dL/do[t] and from dL/dv[t] in `grad_v`, where it
+  // The step back: returns dL/du[t], which is also dL/di[t], from dL/do[t] and from dL/dv[t] in `grad_v`, where it
   // leaves dL/dv[t-1].
   template <class V>
   STBP_FN V step_back(V u, V grad_spike, V& grad_v) const {
@@ -221,11 +314,44 @@ struct Lif {
   // The same from the surrogate's derivative at u[t] - v_threshold.
   template <class V>
   STBP_FN V step_back(V u, V derivative, V grad_spike, V& grad_v) const {
-    const V total = Reset::grad_spike(c, u, grad_spike, grad_v);
-    const auto fired = Firing::fire(c, surrogate, u);
-    const V grad_u = total * derivative + Reset::grad_potential(Firing(), c, fired, grad_v);
-    grad_v = Reset::leak(c, grad_u);
+    const V total = Reset::grad_spike(c, c, u, grad_spike, grad_v);
+    const auto fired = Firing::fire(c, c, surrogate, u);
+    const V grad_u = total * derivative + Reset::grad_potential(Firing(), c, c, fired, grad_v);
+    grad_v = Reset::leak(c, c, grad_u);
     return grad_u;
+  }
+  // The same with parameters of their own, to whose gradients it adds; `before` is v[t-1], and grad_u what reaches u[t]
+  // beside.
+  template <class V>
+  STBP_FN V step_back(const LifValues<V>& p, V before, V u, V grad_spike, V grad_u, V& grad_v,
+                      V (&gradients)[kParameters]) const {
+    return step_back(p, before, u, surrogate.derivative(u - p.v_threshold), grad_spike, grad_u, grad_v, gradients);
+  }
+  template <class V>
+  STBP_FN V step_back(const LifValues<V>& p, V before, V u, V derivative, V grad_spike, V grad_u, V& grad_v,
+                      V (&gradients)[kParameters]) const {
+    const V through_spike = Reset::grad_spike(c, p, u, grad_spike, grad_v) * derivative;
+    const auto fired = Firing::fire(c, p, surrogate, u);
+    grad_u = (grad_u + Reset::grad_potential(Firing(), c, p, fired, grad_v)) + through_spike;
+    gradients[0] = gradients[0] + grad_u * before;
+    gradients[1] = gradients[1] - through_spike;
+    if (Reset::subtracts(c)) gradients[2] = gradients[2] - grad_v * Firing::template spike<V, State>(fired);
+    grad_v = Reset::leak(c, p, grad_u);
+    return grad_u;
+  }
+  // The derivatives at several steps of the same neurons.
+  template <class V, int kCount>
+  STBP_FN void derivatives_at(const LifValues<V>& p, const V (&u)[kCount], V (&h)[kCount]) const {
+    V s[kCount];
+    for (int i = 0; i < kCount; ++i) s[i] = u[i] - p.v_threshold;
+    derivatives(surrogate, s, h);
+  }
+  // The derivatives at the potentials of neighbouring neurons, for which the surrogate is chosen once.
+  template <class V, int kCount>
+  STBP_FN void derivatives_at(const LifValues<V> (&p)[kCount], const V (&u)[kCount], V (&h)[kCount]) const {
+    V s[kCount];
+    for (int i = 0; i < kCount; ++i) s[i] = u[i] - p[i].v_threshold;
+    derivatives(surrogate, s, h);
   }
 
   // The same for neighbouring neurons, whose surrogate is chosen once.
@@ -238,5 +364,22 @@ struct Lif {
     for (int i = 0; i < kCount; ++i) grad_u[i] = step_back(u[i], h[i], grad_spike(i), grad_v[i]);
   }
 };
+
+// f(neuron) for a LIF neuron that is compiled for its reset alone.
+template <class State, class Surrogate, class F>
+STBP_HOST_FN void visit_reset(const LifOptions& options, const Surrogate& surrogate, const F& f) {
+  const LifConstants<State> constants(options);
+  if (options.soft_reset) {
+    f(Lif<State, SoftReset, Heaviside, Surrogate>{constants, surrogate});
+  } else {
+    f(Lif<State, HardReset, Heaviside, Surrogate>{constants, surrogate});
+  }
+}
+
+// f(neuron) for a LIF neuron of the general kernels that is compiled for its reset alone.
+template <class State, class Surrogate, class F>
+STBP_HOST_FN void visit_any_reset(const LifOptions& options, const Surrogate& surrogate, const F& f) {
+  visit_reset<State>(options, surrogate, f);
+}
 
 }  // namespace stbp

@@ -1,29 +1,35 @@
-// Run-time options to template arguments.
+// The neurons that the operators know, and what is compiled for each.
 #pragma once
 
-#include "../core/io.h"
+#include <type_traits>
+#include <utility>
+#include <variant>
+
 #include "lif.h"
 #include "surrogate.h"
 
 namespace stbp {
 
+using NeuronOptions = std::variant<LifOptions>;
+
+template <class State>
+using AnySurrogateOf = AnySurrogate<State, Surrogates>;
+template <class State>
+using AnyPlainSurrogateOf = AnySurrogate<State, PlainSurrogates>;
+
 // The Heaviside forward pass needs no surrogate, and one kernel serves them all.
-struct NoSurrogate {};
-
-template <class State, template <class> class... Surrogate, class F>
-STBP_HOST_FN void visit_surrogate(SurrogateList<Surrogate...>, const LifOptions& options, const F& f) {
-  int place = 0;
-  ((place++ == options.surrogate ? f(Surrogate<State>(options.width)) : void()), ...);
-}
-
-template <class State, class Firing, class Surrogate, class F>
-STBP_HOST_FN void visit_reset(const LifOptions& options, const Surrogate& surrogate, const F& f) {
-  const LifConstants<State> constants(options);
-  if (options.soft_reset) {
-    f(Lif<State, SoftReset, Firing, Surrogate>{constants, surrogate});
-  } else {
-    f(Lif<State, HardReset, Firing, Surrogate>{constants, surrogate});
+struct NoSurrogate {
+  template <class V>
+  STBP_FN V derivative(V) const {
+    return V{};
   }
+};
+
+// f(surrogate) for the one of the list that the options name.
+template <class State, template <class> class... Surrogate, class F>
+STBP_HOST_FN void visit_surrogate(SurrogateList<Surrogate...>, const SurrogateOptions& options, const F& f) {
+  int place = 0;
+  ((place++ == options.place ? f(Surrogate<State>(options)) : void()), ...);
 }
 
 template <class Scalar>
@@ -31,31 +37,22 @@ constexpr bool kHasSmooth = false;  // gradients are checked in double; other ty
 template <>
 constexpr bool kHasSmooth<double> = true;
 
-template <class Scalar, class F>
-STBP_HOST_FN void visit_forward_neuron(const LifOptions& options, const F& f) {
+// f(neuron) for a LIF neuron whose reset, and surrogate, are chosen while a kernel runs.
+template <class Scalar, class List, class F>
+STBP_HOST_FN void visit_either_lif(List, const LifOptions& options, const F& f) {
   using State = state_t<Scalar>;
+  using Any = AnySurrogate<State, List>;
+  const LifConstants<State> constants(options);
   if constexpr (kHasSmooth<Scalar>) {
-    if (options.smooth) {
-      visit_surrogate<State>(Surrogates{}, options,
-                             [&](const auto& surrogate) { visit_reset<State, Smooth>(options, surrogate, f); });
-      return;
-    }
+    if (options.smooth) return f(Lif<State, EitherReset, Smooth, Any>{constants, Any(options.surrogate)});
   }
-  visit_reset<State, Heaviside>(options, NoSurrogate{}, f);
+  f(Lif<State, EitherReset, Heaviside, Any>{constants, Any(options.surrogate)});
 }
 
+// f(neuron) for the general kernels: any neuron, with all that it can do.
 template <class Scalar, class F>
-STBP_HOST_FN void visit_backward_neuron(const LifOptions& options, const F& f) {
-  using State = state_t<Scalar>;
-  visit_surrogate<State>(Surrogates{}, options, [&](const auto& surrogate) {
-    if constexpr (kHasSmooth<Scalar>) {
-      if (options.smooth) {
-        visit_reset<State, Smooth>(options, surrogate, f);
-        return;
-      }
-    }
-    visit_reset<State, Heaviside>(options, surrogate, f);
-  });
+STBP_HOST_FN void visit_general(const NeuronOptions& options, const F& f) {
+  if (const auto* lif = std::get_if<LifOptions>(&options)) return visit_either_lif<Scalar>(Surrogates(), *lif, f);
 }
 
 }  // namespace stbp

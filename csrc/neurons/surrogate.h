@@ -1,6 +1,6 @@
-// The surrogates: stand-ins for the derivative of the spike o = H(s) at s = potential - threshold. Each has a width,
-// unit area, a derivative h(s) for training, and its antiderivative, a smooth spike that rises from 0 to 1, for
-// checking gradients. Constants are computed in double and rounded once, as in stbp_cuda/surrogate.py.
+// The surrogates: stand-ins for the derivative of the spike o = H(s) at s = potential - threshold. Each has a width, a
+// gain, a derivative h(s) for training, of area 1 times the gain, and its antiderivative, a smooth spike that rises
+// from 0, for checking gradients. Constants are computed in double and rounded once, as in stbp_cuda/surrogate.py.
 #pragma once
 
 #include <cmath>
@@ -9,6 +9,24 @@
 #include "../core/number.h"
 
 namespace stbp {
+
+struct SurrogateOptions {
+  int place = 0;  // in Surrogates
+  double width = 1;
+  double gain = 1;
+  double height = 0.15, scale = 6;  // of MultiGaussian
+
+  bool is_plain() const;
+
+  template <class Reader>
+  void read(Reader& reader) {
+    reader.surrogate("surrogate", place);
+    reader.positive("width", width);
+    reader.number("gain", gain);
+    reader.number("height", height);
+    reader.number("scale", scale);
+  }
+};
 
 // e^x for x <= 0, in arithmetic that vectors have; within 1e-7 of the true value, or half a unit of the subnormal
 // numbers at the end of the range.
@@ -57,28 +75,35 @@ STBP_FN V quotient(V y, V x) {
 template <class State>
 struct Rectangular {
   static constexpr const char* kName = "rectangular";
-  State half_width, height;
+  State half_width, height, rise, gain;
 
-  explicit Rectangular(double width) : half_width(State(width / 2)), height(State(1 / width)) {}
+  explicit Rectangular(const SurrogateOptions& of)
+      : half_width(State(of.width / 2)),
+        height(State(of.gain / of.width)),
+        rise(State(1 / of.width)),
+        gain(State(of.gain)) {}
   template <class V>
   STBP_FN V derivative(V s) const {
     return Math<V>::choose(Math<V>::less(magnitude(s), broadcast<V>(half_width)), broadcast<V>(height), V{});
   }
   template <class V>
   STBP_FN V antiderivative(V s) const {
-    const V rising = s * height + State(0.5);
+    const V rising = s * rise + State(0.5);
     const V from_0 = rising < State(0) ? V{} : rising;
-    return from_0 > State(1) ? broadcast<V>(State(1)) : from_0;
+    return gain * (from_0 > State(1) ? broadcast<V>(State(1)) : from_0);
   }
 };
 
 template <class State>
 struct Polynomial {
   static constexpr const char* kName = "polynomial";
-  State end, peak, slope;
+  State end, peak, slope, half;
 
-  explicit Polynomial(double width)
-      : end(State(2 / std::sqrt(width))), peak(State(std::sqrt(width) / 2)), slope(State(width / 4)) {}
+  explicit Polynomial(const SurrogateOptions& of)
+      : end(State(2 / std::sqrt(of.width))),
+        peak(State(of.gain * (std::sqrt(of.width) / 2))),
+        slope(State(of.gain * (of.width / 4))),
+        half(State(of.gain / 2)) {}
   template <class V>
   STBP_FN V derivative(V s) const {
     const V distance = magnitude(s);
@@ -89,55 +114,58 @@ struct Polynomial {
   STBP_FN V antiderivative(V s) const {
     const V from_left = s < -end ? broadcast<V>(-end) : s;
     const V inside = from_left > end ? broadcast<V>(end) : from_left;
-    return State(0.5) + inside * (peak - State(0.5) * slope * magnitude(inside));
+    return half + inside * (peak - State(0.5) * slope * magnitude(inside));
   }
 };
 
 template <class State>
 struct Sigmoid {
   static constexpr const char* kName = "sigmoid";
-  State height;
+  State height, rise, gain;
 
-  explicit Sigmoid(double width) : height(State(1 / width)) {}
+  explicit Sigmoid(const SurrogateOptions& of)
+      : height(State(of.gain / of.width)), rise(State(1 / of.width)), gain(State(of.gain)) {}
   template <class V>
   STBP_FN V derivative(V s) const {
-    const V e = exp_of_negative(-magnitude(s) * height, State());
+    const V e = exp_of_negative(-magnitude(s) * rise, State());
     const V sum = State(1) + e;
     return height * quotient(e, sum * sum);
   }
   template <class V>
   STBP_FN V antiderivative(V s) const {
-    const V e = exp_of_negative(-magnitude(s) * height, State());
+    const V e = exp_of_negative(-magnitude(s) * rise, State());
     const V numerator = s < State(0) ? e : broadcast<V>(State(1));
-    return numerator / (State(1) + e);
+    return gain * (numerator / (State(1) + e));
   }
 };
 
 template <class State>
 struct Gaussian {
   static constexpr const char* kName = "gaussian";
-  State peak, half_precision, root_half_precision;
+  State peak, half_precision, root_half_precision, half;
 
-  explicit Gaussian(double width)
-      : peak(State(1 / std::sqrt(2 * 3.14159265358979323846 * width))),
-        half_precision(State(1 / (2 * width))),
-        root_half_precision(State(1 / std::sqrt(2 * width))) {}
+  explicit Gaussian(const SurrogateOptions& of)
+      : peak(State(of.gain / std::sqrt(2 * 3.14159265358979323846 * of.width))),
+        half_precision(State(1 / (2 * of.width))),
+        root_half_precision(State(1 / std::sqrt(2 * of.width))),
+        half(State(of.gain / 2)) {}
   template <class V>
   STBP_FN V derivative(V s) const {
     return peak * exp_of_negative(-(s * s) * half_precision, State());
   }
   template <class V>
   STBP_FN V antiderivative(V s) const {
-    return State(0.5) * Math<V>::erfc(-s * root_half_precision);
+    return half * Math<V>::erfc(-s * root_half_precision);
   }
 };
 
 template <class State>
 struct Atan {
   static constexpr const char* kName = "atan";
-  State height, scale;
+  State height, scale, gain;
 
-  explicit Atan(double width) : height(State(1 / width)), scale(State(3.14159265358979323846 / width)) {}
+  explicit Atan(const SurrogateOptions& of)
+      : height(State(of.gain / of.width)), scale(State(3.14159265358979323846 / of.width)), gain(State(of.gain)) {}
   template <class V>
   STBP_FN V derivative(V s) const {
     const V scaled = s * scale;
@@ -145,17 +173,20 @@ struct Atan {
   }
   template <class V>
   STBP_FN V antiderivative(V s) const {
-    return State(0.5) + Math<V>::atan(s * scale) * State(1 / 3.14159265358979323846);
+    return gain * (State(0.5) + Math<V>::atan(s * scale) * State(1 / 3.14159265358979323846));
   }
 };
 
 template <class State>
 struct FastSigmoid {
   static constexpr const char* kName = "fast_sigmoid";
-  State height, scale, half_width;
+  State height, scale, half_width, half;
 
-  explicit FastSigmoid(double width)
-      : height(State(1 / width)), scale(State(2 / width)), half_width(State(width / 2)) {}
+  explicit FastSigmoid(const SurrogateOptions& of)
+      : height(State(of.gain / of.width)),
+        scale(State(2 / of.width)),
+        half_width(State(of.width / 2)),
+        half(State(of.gain / 2)) {}
   template <class V>
   STBP_FN V derivative(V s) const {
     const V sum = State(1) + magnitude(s) * scale;
@@ -163,35 +194,75 @@ struct FastSigmoid {
   }
   template <class V>
   STBP_FN V antiderivative(V s) const {
-    return State(0.5) + State(0.5) * (s / (half_width + magnitude(s)));
+    return half + half * (s / (half_width + magnitude(s)));
+  }
+};
+
+// Of width a: a Gaussian of variance a, 1 + height times, less two of variance scale^2 a, height times, at a distance
+// of sqrt(a) on either side.
+template <class State>
+struct MultiGaussian {
+  static constexpr const char* kName = "multi_gaussian";
+  State middle, side, distance;
+  Gaussian<State> narrow, wide;
+
+  explicit MultiGaussian(const SurrogateOptions& of)
+      : middle(State(1 + of.height)),
+        side(State(of.height)),
+        distance(State(std::sqrt(of.width))),
+        narrow(of),
+        wide(widened(of)) {}
+  template <class V>
+  STBP_FN V derivative(V s) const {
+    return middle * narrow.derivative(s) - side * (wide.derivative(s - distance) + wide.derivative(s + distance));
+  }
+  template <class V>
+  STBP_FN V antiderivative(V s) const {
+    return middle * narrow.antiderivative(s) -
+           side * (wide.antiderivative(s - distance) + wide.antiderivative(s + distance));
+  }
+
+ private:
+  static SurrogateOptions widened(SurrogateOptions of) {
+    of.width *= of.scale * of.scale;
+    return of;
   }
 };
 
 template <template <class> class... Surrogate>
-struct SurrogateList {};
+struct SurrogateList {
+  static constexpr int kCount = sizeof...(Surrogate);
+};
 
-// The registry: dispatch, the operator's error message and the tests all read it. bench/compiled.py compiles one alone,
-// to count its instructions.
+// The registry: dispatch, the operator's error message and the tests all read it. The plain kernels and those with
+// normalisation have the first ones, as MultiGaussian would take registers from all; the general kernels have all.
+// bench/compiled.py compiles one alone, to count its instructions.
 #ifndef STBP_SURROGATES
 #define STBP_SURROGATES Rectangular, Polynomial, Sigmoid, Gaussian, Atan, FastSigmoid
 #endif
-using Surrogates = SurrogateList<STBP_SURROGATES>;
+using PlainSurrogates = SurrogateList<STBP_SURROGATES>;
+using Surrogates = SurrogateList<STBP_SURROGATES, MultiGaussian>;
+
+inline bool SurrogateOptions::is_plain() const { return place < PlainSurrogates::kCount; }
 
 // One of the list, chosen while a kernel runs.
 template <class State, class List>
 class AnySurrogate;
-template <class State, template <class> class... Surrogate>
-class AnySurrogate<State, SurrogateList<Surrogate...>> : Surrogate<State>... {
+template <class State, template <class> class First, template <class> class... Others>
+class AnySurrogate<State, SurrogateList<First, Others...>> : First<State>, Others<State>... {
  public:
-  AnySurrogate(int place, double width) : Surrogate<State>(width)..., place_(place) {}
+  explicit AnySurrogate(const SurrogateOptions& of) : First<State>(of), Others<State>(of)..., place_(of.place) {}
   // Calls f with the one that was chosen.
   template <class F>
   STBP_FN void visit(const F& f) const {
     int place = 0;
     const auto is = [&](const auto& surrogate) { return place++ == place_ && (f(surrogate), true); };
     // Without a way past all of them, what f sets needs no registers before.
-    if (!(is(static_cast<const Surrogate<State>&>(*this)) || ...)) __builtin_unreachable();
+    if (is(first())) return;
+    if (!(is(static_cast<const Others<State>&>(*this)) || ...)) __builtin_unreachable();
   }
+  STBP_FN bool is_first() const { return place_ == 0; }
+  STBP_FN const First<State>& first() const { return *this; }
   template <class V>
   STBP_FN V derivative(V s) const {
     V result{};
@@ -215,8 +286,27 @@ STBP_FN void derivatives(const Surrogate& surrogate, const V (&s)[kCount], V (&h
   for (int i = 0; i < kCount; ++i) h[i] = surrogate.derivative(s[i]);
 }
 template <class State, class List, class V, int kCount>
-STBP_FN void derivatives(const AnySurrogate<State, List>& surrogate, const V (&s)[kCount], V (&h)[kCount]) {
+STBP_FN void visit_derivatives(const AnySurrogate<State, List>& surrogate, const V (&s)[kCount], V (&h)[kCount]) {
   surrogate.visit([&](const auto& chosen) { derivatives(chosen, s, h); });
 }
+#if defined(__CUDACC__)
+template <class State, class List, class V, int kCount>
+STBP_FN void derivatives(const AnySurrogate<State, List>& surrogate, const V (&s)[kCount], V (&h)[kCount]) {
+  visit_derivatives(surrogate, s, h);
+}
+#else
+// The first of the list, the default, in place; the others in a function that is compiled once. V tells the instruction
+// sets apart.
+template <class State, class List, class V, int kCount>
+__attribute__((noinline)) void derivatives_of_others(const AnySurrogate<State, List>& surrogate, const V (&s)[kCount],
+                                                     V (&h)[kCount]) {
+  visit_derivatives(surrogate, s, h);
+}
+template <class State, class List, class V, int kCount>
+STBP_FN void derivatives(const AnySurrogate<State, List>& surrogate, const V (&s)[kCount], V (&h)[kCount]) {
+  if (surrogate.is_first()) return derivatives(surrogate.first(), s, h);
+  derivatives_of_others(surrogate, s, h);
+}
+#endif
 
 }  // namespace stbp

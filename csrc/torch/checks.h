@@ -17,6 +17,8 @@
 #include <string>
 #include <vector>
 
+#include "../core/io.h"
+
 namespace stbp {
 
 using torch::headeronly::ScalarType;
@@ -60,46 +62,117 @@ inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes
   return strides;
 }
 
-// The shape and memory order that the input shares with every other tensor of one call. The first dimension counts time
-// steps, or, where the batch is folded into it, steps * batch entries.
-struct Layout {
-  std::vector<int64_t> sizes, strides;
-  int64_t steps, neurons;
-  bool input_fits;  // false: the input is to be copied to these strides first
+// The shape and memory order that the input shares with every other tensor of one call. Time is the first dimension,
+// which may also hold the batch, steps * batch entries, or the second, [batch, steps, ...]; a constant input has none,
+// and its shape is taken for that of its repetition.
+struct InputShape {
+  std::vector<int64_t> sizes;
+  int64_t steps, time_dim;
+  bool input_fits;  // false: the input is to be copied to input_strides() first
 
-  Layout(const Tensor& x, int64_t steps_) : sizes(sizes_of(x)), strides(strides_of(x)), steps(steps_) {
-    check(!sizes.empty(), "x must have a time dimension, got a scalar");
+  InputShape(const Tensor& x, int64_t steps_, int64_t time_dim_, bool constant_)
+      : sizes(sizes_of(x)), steps(steps_), time_dim(time_dim_), strides_(strides_of(x)), constant_(constant_) {
+    check(time_dim == 0 || time_dim == 1, "time_dim must be 0 or 1, got ", time_dim);
     check(steps >= 1, "steps must be at least 1, got ", steps);
-    check(sizes[0] % steps == 0, "the first dimension of x must be a multiple of steps = ", steps, ", got x of shape ",
-          shape_string(sizes));
-    neurons = x.numel() / steps;
-    input_fits = is_dense_and_time_major();
-    if (!input_fits) strides = contiguous_strides(sizes);
+    if (constant_) {
+      check(int64_t(sizes.size()) >= time_dim, "x must have at least ", time_dim, " dimensions, got ",
+            shape_string(sizes));
+      sizes.insert(sizes.begin() + time_dim, steps);
+      strides_.insert(strides_.begin() + time_dim, 0);
+    }
+    check(int64_t(sizes.size()) > time_dim, "x must have a time dimension, got shape ", shape_string(sizes));
+    check(time_dim == 0 ? sizes[0] % steps == 0 : sizes[1] == steps,
+          time_dim == 0 ? "the first dimension of x must be a multiple of steps = " : "x must be [B, T, ...] with T = ",
+          steps, ", got x of shape ", shape_string(sizes));
+    neurons_ = 1;
+    for (int64_t size : sizes) neurons_ *= size;
+    neurons_ /= steps;
+    input_fits = is_dense();
+    if (!input_fits) strides_ = contiguous_strides(sizes);
   }
 
-  // The shape of a tensor that has `count` entries where x has `steps`: 1 for a potential.
+  Layout layout() const {
+    const int64_t outer = time_dim == 0 ? 1 : sizes[0];
+    return {outer, steps, outer > 0 ? neurons_ / outer : 0};
+  }
+  int64_t batch() const { return time_dim == 1 ? sizes[0] : sizes.size() > 1 ? sizes[1] : 1; }
+
+  // The shape and strides of a tensor that has `count` entries where x has `steps`: 1 for a potential.
   std::vector<int64_t> sizes_for(int64_t count) const {
     std::vector<int64_t> result = sizes;
-    result[0] = sizes[0] / steps * count;
+    result[size_t(time_dim)] = sizes[size_t(time_dim)] / steps * count;
+    return result;
+  }
+  std::vector<int64_t> strides_for(int64_t count) const {
+    std::vector<int64_t> result = strides_;
+    if (time_dim == 1) {
+      result[1] = sizes[0] > 0 ? neurons_ / sizes[0] : 1;
+      result[0] = result[1] * count;
+    } else if (constant_) {
+      result[0] = neurons_;
+    }
+    return result;
+  }
+  // Of x itself.
+  std::vector<int64_t> input_strides() const {
+    std::vector<int64_t> result = strides_for(1);
+    if (constant_) result.erase(result.begin() + time_dim);
+    return constant_ || time_dim == 0 ? result : strides_for(steps);
+  }
+  std::vector<int64_t> input_sizes() const {
+    std::vector<int64_t> result = sizes;
+    if (constant_) result.erase(result.begin() + time_dim);
     return result;
   }
 
- private:
-  // Elements fill their memory without gaps or overlaps, and one step lies wholly before the next.
-  bool is_dense_and_time_major() const {
+  // The dimensions of a sample, from the innermost in memory to the outermost.
+  std::vector<size_t> sample_order() const {
     std::vector<size_t> order;
-    for (size_t d = 0; d < sizes.size(); ++d)
+    for (size_t d = 2; d < sizes.size(); ++d)
       if (sizes[d] != 1) order.push_back(d);
-    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
-    int64_t expected = 1;
-    for (size_t d : order) {
-      if (strides[d] != expected) return sizes_are_empty();
-      expected *= sizes[d];
-    }
-    return steps == 1 || order.empty() || order.back() == 0 || sizes_are_empty();
+    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides_[a] < strides_[b]; });
+    return order;
+  }
+  bool samples_are_apart() const {  // the batch is the outermost dimension of a step
+    for (size_t d = 2; d < sizes.size(); ++d)
+      if (sizes[d] != 1 && sizes[1 - size_t(time_dim)] != 1 && strides_[d] > strides_[1 - size_t(time_dim)])
+        return false;
+    return true;
+  }
+  // Take a contiguous copy of the input instead.
+  void make_contiguous() {
+    input_fits = input_fits && strides_ == contiguous_strides(sizes);
+    strides_ = contiguous_strides(sizes);
   }
 
-  bool sizes_are_empty() const { return std::find(sizes.begin(), sizes.end(), 0) != sizes.end(); }
+ private:
+  // Elements fill their memory without gaps or overlaps, and one step of the batch, or of a sample, lies before the
+  // next.
+  bool is_dense() const {
+    std::vector<size_t> order;
+    for (size_t d = 0; d < sizes.size(); ++d)
+      if (sizes[d] != 1 && !(constant_ && d == size_t(time_dim))) order.push_back(d);
+    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides_[a] < strides_[b]; });
+    int64_t expected = 1;
+    for (size_t d : order) {
+      if (strides_[d] != expected) return is_empty();
+      expected *= sizes[d];
+    }
+    if (is_empty() || (steps == 1 && time_dim == 0)) return true;
+    for (size_t outermost : {size_t(0), size_t(time_dim)}) {  // with time second, the batch comes before it
+      if (order.empty() || sizes[outermost] == 1 || (constant_ && outermost == size_t(time_dim))) continue;
+      if (order.back() != outermost) return false;
+      order.pop_back();
+      if (time_dim == 0) break;
+    }
+    return true;
+  }
+
+  bool is_empty() const { return std::find(sizes.begin(), sizes.end(), 0) != sizes.end(); }
+
+  std::vector<int64_t> strides_;
+  int64_t neurons_;
+  bool constant_;
 };
 
 inline int32_t dtype_code(ScalarType type) {
@@ -141,6 +214,35 @@ inline Tensor matching(const char* name, const Tensor& tensor, const std::vector
   check(tensor.scalar_type() == type, name, " must have the dtype that goes with x's");
   check(tensor.device() == x.device(), name, " must be on the device of x");
   return with_strides(tensor, strides);
+}
+
+// Stands for an output that was not asked for.
+inline Tensor no_output(ScalarType type, const Tensor& x) { return empty_with({0}, {1}, type, x); }
+
+template <class T>
+const T* input_pointer(const std::optional<Tensor>& tensor) {
+  return tensor && tensor->numel() > 0 ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+template <class T>
+T* output_pointer(const Tensor& tensor) {
+  return tensor.numel() > 0 ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+template <class Run>
+void visit_scalar(ScalarType type, const Run& run) {
+  switch (type) {
+    case ScalarType::Float:
+      return run(float());
+    case ScalarType::Double:
+      return run(double());
+    case ScalarType::Half:
+      return run(Half());
+    case ScalarType::BFloat16:
+      return run(BFloat16());
+    default:
+      check(false, "x must be float64, float32, float16 or bfloat16");
+  }
 }
 
 }  // namespace stbp

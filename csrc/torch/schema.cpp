@@ -10,11 +10,14 @@
 STABLE_TORCH_LIBRARY(stbp_cuda, m) {
   // With gradients, rules for vmap and numbers that may change in a compiled graph: stbp_cuda/autograd.py.
   m.def(
-      "lif_forward(Tensor x, Tensor? initial_potential, SymInt steps, str neuron, Tensor? numbers, "
-      "bool return_potential, bool save_states) -> (Tensor spikes, Tensor final_potential, Tensor states)");
+      "neuron_forward(Tensor x, Tensor? initial, Tensor? parameters, Tensor? lengths, SymInt steps, int time_dim, "
+      "bool constant, str neuron, Tensor? numbers, int potentials, bool return_output, bool return_final, "
+      "bool save_states) -> (Tensor output, Tensor final_state, Tensor potentials, Tensor states)");
   m.def(
-      "lif_backward(Tensor grad_spikes, Tensor? grad_final, Tensor x, Tensor? initial_potential, Tensor states, "
-      "SymInt steps, str neuron, Tensor? numbers, bool return_grad_initial) -> (Tensor grad_x, Tensor grad_initial)");
+      "neuron_backward(Tensor? grad_output, Tensor? grad_final, Tensor? grad_potentials, Tensor x, Tensor? initial, "
+      "Tensor? parameters, Tensor? lengths, Tensor states, SymInt steps, int time_dim, bool constant, str neuron, "
+      "Tensor? numbers, int potentials, bool return_grad_initial, bool return_grad_parameters) "
+      "-> (Tensor grad_x, Tensor grad_initial, Tensor grad_parameters)");
   m.def(
       "neunorm_lif_forward(Tensor x, Tensor weight, Tensor? decays, SymInt steps, str neuron, Tensor? numbers, "
       "float norm_decay, bool squared, bool save_states) "
@@ -27,11 +30,11 @@ STABLE_TORCH_LIBRARY(stbp_cuda, m) {
   // The same without all that, which costs microseconds: what the package's autograd functions call when nothing but
   // autograd looks on.
   m.def(
-      "_lif_forward(Tensor x, Tensor? initial_potential, int steps, str neuron, bool return_potential, "
+      "_neuron_forward(Tensor x, Tensor? initial, int steps, int time_dim, str neuron, bool return_final, "
       "bool save_states) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "_lif_backward(Tensor grad_spikes, Tensor? grad_final, Tensor x, Tensor? initial_potential, Tensor states, "
-      "int steps, str neuron, bool return_grad_initial) -> (Tensor, Tensor)");
+      "_neuron_backward(Tensor grad_output, Tensor? grad_final, Tensor x, Tensor? initial, Tensor states, int steps, "
+      "int time_dim, str neuron, bool return_grad_initial) -> (Tensor, Tensor)");
   m.def(
       "_neunorm_lif_forward(Tensor x, Tensor weight, Tensor? decays, int steps, str neuron, float norm_decay, "
       "bool squared) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -41,14 +44,15 @@ STABLE_TORCH_LIBRARY(stbp_cuda, m) {
       "-> (Tensor, Tensor, Tensor)");
 
   // What compilers trace, implemented in stbp_cuda/autograd.py by the operators above. A Scalar, unlike a float, may be
-  // a number that changes from call to call. `version` is the package's, so that what an older version made of the same
-  // call is not found in a compiler's cache.
+  // a number that changes from call to call. `kind` is the neuron without its numbers; `version` is the package's, so
+  // that what an older version made of the same call is not found in a compiler's cache.
   m.def(
-      "lif(Tensor x, Tensor? initial_potential, SymInt steps, Scalar decay, Scalar v_threshold, Scalar v_reset, "
-      "Scalar width, str switches, bool return_potential, str version) -> (Tensor spikes, Tensor final_potential)");
+      "neuron(Tensor x, Tensor? initial, Tensor? parameters, Tensor? lengths, SymInt steps, int time_dim, "
+      "bool constant, Scalar[] numbers, str kind, int potentials, bool return_output, bool return_final, str version) "
+      "-> (Tensor output, Tensor final_state, Tensor potentials)");
   m.def(
-      "neunorm_lif(Tensor x, Tensor weight, Tensor? decays, SymInt steps, Scalar decay, Scalar v_threshold, "
-      "Scalar v_reset, Scalar width, Scalar norm_decay, bool squared, str switches, str version) -> Tensor");
+      "neunorm_lif(Tensor x, Tensor weight, Tensor? decays, SymInt steps, Scalar[] numbers, Scalar norm_decay, "
+      "bool squared, str kind, str version) -> Tensor");
 }
 
 namespace {

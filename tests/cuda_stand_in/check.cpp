@@ -1,7 +1,7 @@
-// Runs the CUDA kernels on the CPU against plain loops over time around neuron.h, for shapes around the ends of packs,
+// Runs the CUDA kernels on the CPU against plain loops over time around neurons/, for shapes around the ends of packs,
 // blocks, chunks and strips. Exits with 1 at the first difference. tests/test_mutants.py compiles it in seconds, once
 // with the kernels as they are and once with all the ways to break them on purpose. With an argument it checks only the
-// kernels with normalisation.
+// plain, the general, or the neunorm kernels.
 
 #include <sys/mman.h>
 
@@ -22,14 +22,26 @@ namespace {
 
 using Neuron = Lif<float, EitherReset, Heaviside, Rectangular<float>>;
 
+// With threads of the system, for ThreadSanitizer: kernels without barriers have nothing to show to it, and a block of
+// the others costs a hundred times more.
+#if defined(STBP_THREADS)
+constexpr bool kThreads = true;
+#else
+constexpr bool kThreads = false;
+#endif
+
 enum class Reset { kCommon, kHard, kSoft };
 
 LifOptions options_of(Reset reset) {
-  return {0.5, 0.75, reset == Reset::kHard ? -0.125 : 0.0, reset == Reset::kSoft, false, false, false, false, 0, 1.0};
+  LifOptions options;
+  options.decay = 0.5;
+  options.v_reset = reset == Reset::kHard ? -0.125 : 0.0;
+  options.soft_reset = reset == Reset::kSoft;
+  return options;
 }
 
 Neuron neuron_of(const LifOptions& options) {
-  return {LifConstants<float>(options), Rectangular<float>(options.width)};
+  return {LifConstants<float>(options), Rectangular<float>(options.surrogate)};
 }
 
 void demand(bool met, const char* what) {
@@ -98,27 +110,55 @@ struct Expected {
   }
 };
 
+// Where the neurons of the checks lie: T between two dimensions of N neurons in all.
+Layout layout_of(int64_t steps, int64_t neurons, int64_t outer) { return {outer, steps, neurons / outer}; }
+
 template <class Scalar>
-void check_lif(int64_t steps, int64_t neurons, int threads, Reset reset) {
+NeuronForward<Scalar> forward_of(const Layout& layout, const Scalar* x, Scalar* output) {
+  NeuronForward<Scalar> io{};
+  io.layout = layout;
+  io.x = x;
+  io.output = output;
+  return io;
+}
+
+template <class Scalar>
+NeuronBackward<Scalar> backward_of(const Layout& layout, const Scalar* x, const Scalar* grad_output, Scalar* grad_x) {
+  NeuronBackward<Scalar> io{};
+  io.layout = layout;
+  io.x = x;
+  io.grad_output = grad_output;
+  io.grad_x = grad_x;
+  return io;
+}
+
+template <class Scalar>
+void check_lif(const Layout& layout, int threads, Reset reset) {
+  const int64_t steps = layout.steps, neurons = layout.neurons();
   const LifOptions options = options_of(reset);
   const auto x = random_row<Scalar>(steps * neurons, -0.5f, 1.5f),
              gradient = random_row<Scalar>(steps * neurons, -1, 1);
   const auto initial = random_row<float>(neurons, -1, 1), grad_final = random_row<float>(neurons, -1, 1);
   const auto kept = (steps - 1) / kChunk * neurons;
   auto spikes = unwritten<Scalar>(steps * neurons);
-  auto final_potential = unwritten<float>(neurons), states = unwritten<float>(kept);
-  const LifForward<Scalar> forward{
-      steps, neurons, x.data(), initial.data(), spikes.data(), final_potential.data(), states.data()};
+  auto final_state = unwritten<float>(neurons), states = unwritten<float>(kept);
+  NeuronForward<Scalar> forward = forward_of(layout, x.data(), spikes.data());
+  forward.initial = initial.data();
+  forward.final_state = final_state.data();
+  forward.states = states.data();
   auto grad_x = unwritten<Scalar>(steps * neurons);
   auto grad_initial = unwritten<float>(neurons);
-  const LifBackward<Scalar> backward{
-      steps,           neurons,           x.data(),      initial.data(),     states.data(),
-      gradient.data(), grad_final.data(), grad_x.data(), grad_initial.data()};
+  NeuronBackward<Scalar> backward = backward_of(layout, x.data(), gradient.data(), grad_x.data());
+  backward.initial = initial.data();
+  backward.states = states.data();
+  backward.grad_final = grad_final.data();
+  backward.grad_initial = grad_initial.data();
   const Neuron neuron = neuron_of(options);
+  const auto place = [&](int64_t n, int64_t t) { return size_t(layout.at(n, steps) + t * layout.inner); };
   std::vector<Expected<Scalar>> expected;
   for (int64_t n = 0; n < neurons; ++n) {
     const auto at = [&](const std::vector<Scalar>& rows) {
-      return [&rows, n, neurons](int64_t t) { return to_state(rows[size_t(t * neurons + n)]); };
+      return [&, n](int64_t t) { return to_state(rows[place(n, t)]); };
     };
     expected.emplace_back(neuron, steps, at(x), at(gradient), initial[size_t(n)], grad_final[size_t(n)]);
   }
@@ -129,12 +169,12 @@ void check_lif(int64_t steps, int64_t neurons, int threads, Reset reset) {
   };
   for (const LifPlan& plan : compiled_plans<Scalar>(steps, false)) {
     if (plan.width > widest_pack(forward)) continue;
-    forget(spikes), forget(final_potential), forget(states);
+    forget(spikes), forget(final_state), forget(states);
     all_read_once &= reads_once([&] { run_forward(forward, options, of_blocks(plan)); }, x, initial);
     for (int64_t n = 0; n < neurons; ++n) {
       for (int64_t t = 0; t < steps; ++t)
-        demand(same(spikes[size_t(t * neurons + n)], expected[size_t(n)].spikes[size_t(t)]), "spikes");
-      demand(same(final_potential[size_t(n)], expected[size_t(n)].final_potential), "the final potential");
+        demand(same(spikes[place(n, t)], expected[size_t(n)].spikes[size_t(t)]), "spikes");
+      demand(same(final_state[size_t(n)], expected[size_t(n)].final_potential), "the final potential");
     }
   }
   for (const LifPlan& plan : compiled_plans<Scalar>(steps, true)) {
@@ -144,7 +184,7 @@ void check_lif(int64_t steps, int64_t neurons, int threads, Reset reset) {
         reads_once([&] { run_backward(backward, options, of_blocks(plan)); }, x, initial, states, gradient, grad_final);
     for (int64_t n = 0; n < neurons; ++n) {
       for (int64_t t = 0; t < steps; ++t)
-        demand(same(grad_x[size_t(t * neurons + n)], expected[size_t(n)].grad_x[size_t(t)]), "dL/dx");
+        demand(same(grad_x[place(n, t)], expected[size_t(n)].grad_x[size_t(t)]), "dL/dx");
       demand(same(grad_initial[size_t(n)], expected[size_t(n)].grad_initial), "dL/dv[0]");
     }
   }
@@ -153,7 +193,7 @@ void check_lif(int64_t steps, int64_t neurons, int threads, Reset reset) {
 // Pointers that allow no pack must not be given one.
 void check_alignment() {
   std::vector<float> rows(9);
-  const auto widest = [](float* x) { return widest_pack(LifForward<float>{1, 8, x, nullptr, x, nullptr, nullptr}); };
+  const auto widest = [](float* x) { return widest_pack(forward_of({1, 1, 8}, x, x)); };
   auto* const aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(rows.data()) + 15) / 16 * 16);
   demand(widest(aligned) == 4 && widest(aligned + 1) == 1 && widest(aligned + 2) == 2, "the width that fits");
 }
@@ -190,8 +230,10 @@ void check_large() {
       gradient[t * kNeurons + n] = Rounded<Half>::from(float((n * 5 + t) % 7) / 8);
     }
   const Neuron neuron = neuron_of(options);
-  const LifForward<Half> forward{kSteps, kNeurons, x, nullptr, spikes, nullptr, states};
-  const LifBackward<Half> backward{kSteps, kNeurons, x, nullptr, states, gradient, nullptr, grad_x, nullptr};
+  NeuronForward<Half> forward = forward_of({1, kSteps, kNeurons}, x, spikes);
+  forward.states = states;
+  NeuronBackward<Half> backward = backward_of({1, kSteps, kNeurons}, x, gradient, grad_x);
+  backward.states = states;
   run_forward(forward, options, plan, plan.blocks - 1);
   run_backward(backward, options, back, first_back);
   for (int64_t n = first; n < kNeurons; ++n) {
@@ -205,6 +247,178 @@ void check_large() {
 }
 
 bool near(float a, float b, float unit) { return std::abs(a - b) <= unit * (1 + std::abs(b)); }
+
+// The general kernels: what of Extras a call has.
+struct GeneralCase {
+  Layout layout;
+  int64_t group, count;  // 0 of them: no parameters
+  int64_t rows;
+  bool affine, learned;
+  int64_t sample;  // with lengths, or 0
+  bool constant, after_reset, potentials, output, misaligned;
+};
+
+template <class Scalar, class MakeNeuron>
+void check_general(const GeneralCase& of, const NeuronOptions& options, const MakeNeuron& make_neuron) {
+  const auto neuron = make_neuron();
+  using Neuron = std::decay_t<decltype(neuron)>;
+  constexpr int kOwn = Neuron::kParameters;
+  const Layout& layout = of.layout;
+  const int64_t steps = layout.steps, neurons = layout.neurons(), all = steps * neurons;
+  const int64_t given = of.count ? kOwn + (of.affine ? 2 : 0) : 0;
+  const int64_t skipped = of.misaligned ? 1 : 0;
+  const int64_t x_size = of.constant ? neurons : all;
+  const auto x = random_row<Scalar>(x_size + skipped, -0.5f, 1.5f), gradient = random_row<Scalar>(all, -1, 1);
+  const auto initial = random_row<float>(neurons, -1, 1), grad_final = random_row<float>(neurons, -1, 1);
+  const auto parameters = random_row<float>(given * of.rows * of.count, 0.25f, 1.25f);
+  auto grad_potentials = random_row<float>(all, -1, 1);
+  std::vector<int64_t> lengths;
+  for (int64_t b = 0; of.sample && b < neurons / of.sample; ++b) lengths.push_back(b * 7 % (steps + 3) - 1);
+  auto output = unwritten<Scalar>(all), grad_x = unwritten<Scalar>(x_size);
+  auto final_state = unwritten<float>(neurons), states = unwritten<float>((steps - 1) / kChunk * neurons);
+  auto potentials = unwritten<float>(all), grad_initial = unwritten<float>(neurons);
+  auto grad_parameters = unwritten<float>(of.learned ? given * of.rows * of.count : 0);
+
+  Extras<float> extras{};
+  extras.parameters = of.count ? parameters.data() : nullptr;
+  extras.rows = of.rows;
+  extras.group = of.group;
+  extras.count = of.count;
+  extras.affine = of.affine;
+  extras.lengths = of.sample ? lengths.data() : nullptr;
+  extras.sample = of.sample;
+  extras.constant = of.constant;
+  extras.after_reset = of.after_reset;
+  extras.potentials = of.potentials ? potentials.data() : nullptr;
+  NeuronForward<Scalar> forward = forward_of(layout, x.data() + skipped, of.output ? output.data() : nullptr);
+  forward.initial = initial.data();
+  forward.final_state = final_state.data();
+  forward.states = states.data();
+  const DeviceProperties device{1, 0};
+  run_general(forward, extras, options,
+              plan_general<Scalar>(layout, extras, options, widest_pack(forward, extras), device));
+  extras.potentials = of.potentials ? grad_potentials.data() : nullptr;
+  extras.grad_parameters = of.learned ? grad_parameters.data() : nullptr;
+  std::vector<double> partial(size_t(general_partial<Scalar>(layout, extras, options)),
+                              std::numeric_limits<double>::quiet_NaN());
+  demand(partial.empty() == !of.learned, "room for sums");
+  extras.partial = partial.data();
+  NeuronBackward<Scalar> backward =
+      backward_of(layout, x.data() + skipped, of.output ? gradient.data() : nullptr, grad_x.data());
+  backward.initial = initial.data();
+  backward.states = states.data();
+  backward.grad_final = grad_final.data();
+  backward.grad_initial = grad_initial.data();
+  run_general(backward, extras, options,
+              plan_general<Scalar>(layout, extras, options, widest_pack(backward, extras), device));
+
+  std::vector<double> totals(size_t(given * of.rows * of.count)), sizes = totals;
+  for (int64_t n = 0; n < neurons; ++n) {
+    const int64_t entry = of.count ? n / of.group % of.count : 0;
+    const auto place = [&](int64_t which, int64_t row) { return size_t((which * of.rows + row) * of.count + entry); };
+    const auto at = [&](int64_t t) { return size_t(layout.at(n, steps) + t * layout.inner); };
+    const auto x_at = [&](int64_t t) { return to_state(x[(of.constant ? size_t(n) : at(t)) + size_t(skipped)]); };
+    float own[kOwn];
+    for (int k = 0; k < kOwn; ++k) own[k] = of.count ? parameters[place(k, 0)] : neuron.parameter(k);
+    const auto values = neuron.values(own);
+    const auto affine = [&](int k, int64_t t) {
+      return of.affine ? parameters[place(kOwn + k, of.rows > 1 ? t : 0)] : 1 - float(k);
+    };
+    const int64_t length = of.sample ? std::min(std::max(lengths[size_t(n / of.sample)], int64_t(0)), steps) : steps;
+    std::vector<float> before, u;
+    float v = initial[size_t(n)];
+    for (int64_t t = 0; t < steps; ++t) {
+      float o = 0, shown = 0;
+      if (t < length) {
+        before.push_back(v);
+        u.push_back(neuron.step(values, v, of.affine ? affine(0, t) * x_at(t) + affine(1, t) : x_at(t), o));
+        shown = of.after_reset ? v : u.back();
+      }
+      if (of.output) demand(same(output[at(t)], Rounded<Scalar>::from(o)), "output");
+      if (of.potentials) demand(same(potentials[at(t)], shown), "potentials");
+      const int64_t saved = (steps - 1) / kChunk, row = t / kChunk;
+      if (t % kChunk == kChunk - 1 && row < saved)
+        demand(same(states[size_t(layout.at(n, saved) + row * layout.inner)], v), "the states");
+    }
+    demand(same(final_state[size_t(n)], v), "the final state");
+    float grad_v = grad_final[size_t(n)], grad_constant = 0, of_own[kOwn] = {};
+    const auto count_in = [&](size_t to, double value) { totals[to] += value, sizes[to] += std::abs(value); };
+    for (int64_t t = steps - 1; t >= 0; --t) {
+      float of_x = 0;
+      if (t < length) {
+        const float shown = of.potentials ? grad_potentials[at(t)] : 0;
+        if (of.after_reset) grad_v += shown;
+        const float grad_i =
+            neuron.step_back(values, before[size_t(t)], u[size_t(t)], of.output ? to_state(gradient[at(t)]) : 0,
+                             of.after_reset ? 0 : shown, grad_v, of_own);
+        of_x = grad_i * affine(0, t);
+        if (given > kOwn) {
+          count_in(place(kOwn, of.rows > 1 ? t : 0), double(grad_i * x_at(t)));
+          count_in(place(kOwn + 1, of.rows > 1 ? t : 0), double(grad_i));
+        }
+      }
+      grad_constant += of_x;
+      if (!of.constant) demand(same(grad_x[at(t)], Rounded<Scalar>::from(of_x)), "general dL/dx");
+    }
+    if (of.constant) demand(same(grad_x[size_t(n)], Rounded<Scalar>::from(grad_constant)), "dL/dx of all steps");
+    demand(same(grad_initial[size_t(n)], grad_v), "general dL/dv[0]");
+    for (int k = 0; k < kOwn && given; ++k) count_in(place(k, 0), double(of_own[k]));
+  }
+  for (size_t i = 0; i < grad_parameters.size(); ++i)
+    demand(std::abs(double(grad_parameters[i]) - totals[i]) <= 1e-5 * (1e-3 + sizes[i]), "dL/dparameters");
+}
+
+void check_general() {
+  const auto lif = [](bool soft) {
+    LifOptions options = options_of(soft ? Reset::kSoft : Reset::kHard);
+    options.strict_threshold = soft;
+    options.subtract = 0.625;
+    return options;
+  };
+  const auto check = [&](const GeneralCase& of) {
+    static int number = 0;
+    const LifOptions options = lif(number % 2 > 0);
+    const auto neuron = [&] {
+      return Lif<float, EitherReset, Heaviside, Rectangular<float>>{LifConstants<float>(options),
+                                                                    Rectangular<float>(options.surrogate)};
+    };
+    check_general<float>(of, options, neuron);
+    if (number % 3 == 0) check_general<Half>(of, options, neuron);
+    ++number;
+  };
+  // Constants of the launch; potentials, lengths, and nothing but potentials.
+  for (const int64_t steps : {1, 6, 17, 37}) {
+    if (kThreads) break;
+    for (const bool after : {false, true})
+      for (const bool output : {true, false}) {
+        check({layout_of(steps, 600, 1), 1, 0, 1, false, false, 0, false, after, !output || after, output, false});
+        check({layout_of(steps, 96, 3), 1, 0, 1, false, false, 8, after, !after, true, output, false});
+        check({layout_of(steps, 60, 1), 1, 0, 1, false, false, 15, !output, after, true, output, false});
+      }
+  }
+  // Parameters: {neurons, outer, group, count}; the last with more of one entry than a block has positions.
+  struct Shape {
+    int64_t neurons, outer, group, count;
+  };
+  for (const Shape& s :
+       {Shape{1100, 1, 1, 1}, Shape{5 * 24, 5, 8, 3}, Shape{7 * 20, 1, 1, 20}, Shape{3 * 30, 1, 3, 5},
+        Shape{6 * 150, 6, 1, 150}, Shape{2 * 600, 1, 300, 2}, Shape{11 * 10, 11, 1, 10}, Shape{2 * 720, 2, 72, 10}})
+    for (const int64_t steps : {5, 21}) {
+      if (kThreads && steps != 5) continue;
+      for (const bool affine : {false, true})
+        for (const bool row_each : {false, true}) {
+          if (row_each != affine && (row_each || kThreads)) continue;
+          const int64_t rows = row_each ? steps : 1, sample = s.count > 1 ? s.group * s.count : 0;
+          check({layout_of(steps, s.neurons, s.outer), s.group, s.count, rows, affine, true, 0, false, false, false,
+                 true, false});
+          if (kThreads) continue;
+          check({layout_of(steps, s.neurons, s.outer), s.group, s.count, rows, affine, true, sample, affine, true, true,
+                 true, true});
+          check({layout_of(steps, s.neurons, s.outer), s.group, s.count, rows, affine, false, sample, false, false,
+                 false, true, false});
+        }
+    }
+}
 
 // [N, C, P] to [N, P, C].
 template <class T>
@@ -393,35 +607,34 @@ void check_neunorm(int64_t steps, int64_t batch, int64_t features, int64_t posit
 }  // namespace
 }  // namespace stbp::cuda
 
-// Without threads of the system: kernels without barriers have nothing to show to ThreadSanitizer.
-#if defined(STBP_THREADS)
-constexpr bool kChecksLif = false;
-#else
-constexpr bool kChecksLif = true;
-#endif
-
-int main(int argc, char**) {
+int main(int argc, char** argv) {
   using namespace stbp;
   using namespace stbp::cuda;
-  if constexpr (kChecksLif) {
-    if (argc == 1) {
+  const auto asked = [&](const char* part) { return argc == 1 || std::strcmp(argv[1], part) == 0; };
+  if constexpr (!kThreads) {
+    if (asked("plain")) {
       check_alignment();
       for (const Reset reset : {Reset::kCommon, Reset::kHard, Reset::kSoft})
         for (const int64_t steps : {1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 24, 25, 41})
-          for (const int64_t neurons : {0, 1, 24, 8 * 33, 8 * 34 + 4, 8 * 34 + 5}) {
-            check_lif<float>(steps, neurons, 32, reset);
-            check_lif<Half>(steps, neurons, 32, reset);
+          for (const Layout& layout :
+               {layout_of(steps, 0, 1), layout_of(steps, 1, 1), layout_of(steps, 24, 3), layout_of(steps, 8 * 33, 1),
+                layout_of(steps, 8 * 34 + 4, 1), layout_of(steps, 8 * 34 + 5, 1), layout_of(steps, 8 * 36, 9)}) {
+            check_lif<float>(layout, 32, reset);
+            check_lif<Half>(layout, 32, reset);
           }
       check_large();
     }
   }
-  // Whole packs and teams; features that are no packs, and positions that are no pairs; some of all.
-  check_neunorm<float>(2 * kNeuNormChunk + 3, 3, 44, 5, 2);
-  check_neunorm<float>(kNeuNormChunk + 1, 2, 15, 9, 1);
-  check_neunorm<float>(3, 1, 32, 1, 1);
-  check_neunorm<BFloat16>(kNeuNormChunk, 2, 36, 18, 1);
-  check_neunorm<BFloat16>(2 * kNeuNormChunk + 5, 1, 17, 2, 1);
-  check_neunorm<BFloat16>(2, 2, 8, 7, 2);
+  if (asked("general")) check_general();
+  if (asked("neunorm")) {
+    // Whole packs and teams; features that are no packs, and positions that are no pairs; some of all.
+    check_neunorm<float>(2 * kNeuNormChunk + 3, 3, 44, 5, 2);
+    check_neunorm<float>(kNeuNormChunk + 1, 2, 15, 9, 1);
+    check_neunorm<float>(3, 1, 32, 1, 1);
+    check_neunorm<BFloat16>(kNeuNormChunk, 2, 36, 18, 1);
+    check_neunorm<BFloat16>(2 * kNeuNormChunk + 5, 1, 17, 2, 1);
+    check_neunorm<BFloat16>(2, 2, 8, 7, 2);
+  }
   demand(all_read_once, "more or less read than there is");
   std::puts("all the same");
 }

@@ -1,4 +1,4 @@
-// What csrc/cuda/neuron.cuh takes from nvcc, for compiling it as plain C++.
+// What csrc/cuda/*.cuh takes from nvcc, for compiling it as plain C++.
 #pragma once
 
 #include <atomic>

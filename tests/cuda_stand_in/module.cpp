@@ -14,10 +14,15 @@
 namespace stbp::cuda {
 
 // In kernels.cpp.
-#define STBP_ELSEWHERE(Scalar)                                                                                       \
-  extern template void run_forward<Scalar>(const LifForward<Scalar>&, const LifOptions&, const LifPlan&, int64_t);   \
-  extern template void run_backward<Scalar>(const LifBackward<Scalar>&, const LifOptions&, const LifPlan&, int64_t); \
-  extern template void run_neunorm(const NeuNormForward<Scalar>&, const LifOptions&, const NeuNormPlan&);            \
+#define STBP_ELSEWHERE(Scalar)                                                                                         \
+  extern template void run_forward<Scalar>(const NeuronForward<Scalar>&, const LifOptions&, const LifPlan&, int64_t);  \
+  extern template void run_backward<Scalar>(const NeuronBackward<Scalar>&, const LifOptions&, const LifPlan&,          \
+                                            int64_t);                                                                  \
+  extern template void run_general(const NeuronForward<Scalar>&, const Extras<state_t<Scalar>>&, const NeuronOptions&, \
+                                   const GeneralPlan&);                                                                \
+  extern template void run_general(const NeuronBackward<Scalar>&, const Extras<state_t<Scalar>>&,                      \
+                                   const NeuronOptions&, const GeneralPlan&);                                          \
+  extern template void run_neunorm(const NeuNormForward<Scalar>&, const LifOptions&, const NeuNormPlan&);              \
   extern template void run_neunorm(const NeuNormBackward<Scalar>&, const LifOptions&, const NeuNormPlan&);
 STBP_ELSEWHERE(float)
 STBP_ELSEWHERE(double)
@@ -37,30 +42,56 @@ T* pointer(Array array) {
 }
 
 template <class Scalar, class State = state_t<Scalar>>
-LifForward<Scalar> forward(int64_t steps, int64_t neurons, const Array& x, const Array& initial, const Array& spikes,
-                           const Array& final_potential, const Array& states) {
-  return {steps,
-          neurons,
-          pointer<Scalar>(x),
-          pointer<State>(initial),
-          pointer<Scalar>(spikes),
-          pointer<State>(final_potential),
-          pointer<State>(states)};
+NeuronForward<Scalar> forward(int64_t steps, int64_t neurons, const Array& x, const Array& initial, const Array& output,
+                              const Array& final_state, const Array& states) {
+  NeuronForward<Scalar> io{};
+  io.layout = {1, steps, neurons};
+  io.x = pointer<Scalar>(x);
+  io.initial = pointer<State>(initial);
+  io.output = pointer<Scalar>(output);
+  io.final_state = pointer<State>(final_state);
+  io.states = pointer<State>(states);
+  return io;
 }
 
 template <class Scalar, class State = state_t<Scalar>>
-LifBackward<Scalar> backward(int64_t steps, int64_t neurons, const Array& x, const Array& initial, const Array& states,
-                             const Array& grad_spikes, const Array& grad_final, const Array& grad_x,
-                             const Array& grad_initial) {
-  return {steps,
-          neurons,
-          pointer<Scalar>(x),
-          pointer<State>(initial),
-          pointer<State>(states),
-          pointer<Scalar>(grad_spikes),
-          pointer<State>(grad_final),
-          pointer<Scalar>(grad_x),
-          pointer<State>(grad_initial)};
+NeuronBackward<Scalar> backward(int64_t steps, int64_t neurons, const Array& x, const Array& initial,
+                                const Array& states, const Array& grad_output, const Array& grad_final,
+                                const Array& grad_x, const Array& grad_initial) {
+  NeuronBackward<Scalar> io{};
+  io.layout = {1, steps, neurons};
+  io.x = pointer<Scalar>(x);
+  io.initial = pointer<State>(initial);
+  io.states = pointer<State>(states);
+  io.grad_output = pointer<Scalar>(grad_output);
+  io.grad_final = pointer<State>(grad_final);
+  io.grad_x = pointer<Scalar>(grad_x);
+  io.grad_initial = pointer<State>(grad_initial);
+  return io;
+}
+
+// By the general kernel, of packs or of single neurons, with the constants of the launch.
+template <class Scalar, class Io>
+void launch_general(const Io& io, const LifOptions& options, bool packs) {
+  const Extras<state_t<Scalar>> extras{};
+  const int widest = packs ? widest_pack(io, extras) : 1;
+  run_general(io, extras, options, plan_general<Scalar>(io.layout, extras, options, widest, {0, 0}));
+}
+
+LifOptions options_of(double decay, double v_threshold, double v_reset, bool soft_reset, bool detach_reset,
+                      bool spatial_only, bool strict_threshold, bool smooth, int surrogate, double width) {
+  LifOptions options;
+  options.decay = decay;
+  options.v_threshold = options.subtract = v_threshold;
+  options.v_reset = v_reset;
+  options.soft_reset = soft_reset;
+  options.detach_reset = detach_reset;
+  options.spatial_only = spatial_only;
+  options.strict_threshold = strict_threshold;
+  options.smooth = smooth;
+  options.surrogate.place = surrogate;
+  options.surrogate.width = width;
+  return options;
 }
 
 template <class Scalar, class State = state_t<Scalar>>
@@ -120,13 +151,15 @@ template <class Scalar>
 void bind(py::module_ m) {
   m.def("compiled_plans", &compiled_plans<Scalar>);
   // Neither keeps its arrays alive.
-  py::class_<LifForward<Scalar>>(m, "Forward")
+  py::class_<NeuronForward<Scalar>>(m, "Forward")
       .def(py::init(&forward<Scalar>))
-      .def("widest_pack", [](const LifForward<Scalar>& io) { return widest_pack(io); })
+      .def("widest_pack", [](const NeuronForward<Scalar>& io) { return int(widest_pack(io)); })
+      .def("launch_general", &launch_general<Scalar, NeuronForward<Scalar>>)
       .def("launch", &run_forward<Scalar>, py::arg("options"), py::arg("plan"), py::arg("first_block") = 0);
-  py::class_<LifBackward<Scalar>>(m, "Backward")
+  py::class_<NeuronBackward<Scalar>>(m, "Backward")
       .def(py::init(&backward<Scalar>))
-      .def("widest_pack", [](const LifBackward<Scalar>& io) { return widest_pack(io); })
+      .def("widest_pack", [](const NeuronBackward<Scalar>& io) { return widest_pack(io); })
+      .def("launch_general", &launch_general<Scalar, NeuronBackward<Scalar>>)
       .def("launch", &run_backward<Scalar>, py::arg("options"), py::arg("plan"), py::arg("first_block") = 0);
   py::class_<NeuNormForward<Scalar>>(m, "NeuNormForward")
       .def(py::init(&neunorm_forward_of<Scalar>))
@@ -177,8 +210,7 @@ PYBIND11_MODULE(stand_in, m) {
   m.def("split_neunorm", &split_neunorm);
   m.def("neunorm_groups", &neunorm_groups);
   m.def("neunorm_strips", &neunorm_strips);
-  py::class_<LifOptions>(m, "Options")
-      .def(py::init<double, double, double, bool, bool, bool, bool, bool, int, double>());
+  py::class_<LifOptions>(m, "Options").def(py::init(&options_of));
   bind<double>(m.def_submodule("float64"));
   bind<float>(m.def_submodule("float32"));
   bind<Half>(m.def_submodule("float16"));

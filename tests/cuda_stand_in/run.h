@@ -27,8 +27,8 @@ namespace stbp::cuda {
 
 // Every thread in turn, for the kernels let none wait for another; whole blocks, and so threads beyond the last neuron.
 // The blocks from `first` on: of more neurons than there is memory for, the tests run the last.
-template <class Kernel>
-void launch(const LifPlan& plan, int64_t first, const Kernel& kernel) {
+template <class Plan, class Kernel>
+void launch(const Plan& plan, int64_t first, const Kernel& kernel) {
   for (int64_t block = first; block < plan.blocks; ++block)
     for (int thread = 0; thread < plan.threads; ++thread) {
       blockIdx.x = unsigned(block);
@@ -38,13 +38,13 @@ void launch(const LifPlan& plan, int64_t first, const Kernel& kernel) {
 }
 
 template <class Scalar>
-void run_forward(const LifForward<Scalar>& io, const LifOptions& options, const LifPlan& plan, int64_t first = 0) {
+void run_forward(const NeuronForward<Scalar>& io, const LifOptions& options, const LifPlan& plan, int64_t first = 0) {
   visit_lif_forward<Scalar>(
       options, plan, [&](auto kernel, const auto& neuron) { launch(plan, first, [&] { kernel(io, plan, neuron); }); });
 }
 
 template <class Scalar>
-void run_backward(const LifBackward<Scalar>& io, const LifOptions& options, const LifPlan& plan, int64_t first = 0) {
+void run_backward(const NeuronBackward<Scalar>& io, const LifOptions& options, const LifPlan& plan, int64_t first = 0) {
   visit_lif_backward<Scalar>(
       options, plan, [&](auto kernel, const auto& neuron) { launch(plan, first, [&] { kernel(io, plan, neuron); }); });
 }
@@ -163,7 +163,7 @@ void run_neunorm(const Io& io, const LifOptions& options, const NeuNormPlan& pla
   using Scalar = std::remove_const_t<std::remove_pointer_t<decltype(io.x)>>;
   const std::unique_ptr<unsigned char[]> shared(new unsigned char[size_t(plan.shared_bytes)]);
   shared_memory = shared.get();
-  visit_compiled_backward<Scalar>(options, [&](const auto& neuron) {
+  visit_either_lif<Scalar>(PlainSurrogates(), options, [&](const auto& neuron) {
     visit_neunorm_tile<Scalar>(plan, [&](auto tile) {
       launch_blocks(plan.blocks, plan.threads(), [&] {
         if constexpr (std::is_same_v<Io, NeuNormForward<Scalar>>) {
@@ -174,6 +174,27 @@ void run_neunorm(const Io& io, const LifOptions& options, const NeuNormPlan& pla
       });
     });
   });
+}
+
+template <class Scalar>
+void run_general(const NeuronForward<Scalar>& io, const Extras<state_t<Scalar>>& extras, const NeuronOptions& options,
+                 const GeneralPlan& plan) {
+  visit_general_kernel<Scalar>(options, plan, [&](auto width, const auto& neuron) {
+    launch(plan, 0, [&] { general_forward<width>(io, extras, plan, neuron); });
+  });
+}
+
+template <class Scalar>
+void run_general(const NeuronBackward<Scalar>& io, const Extras<state_t<Scalar>>& extras, const NeuronOptions& options,
+                 const GeneralPlan& plan) {
+  const std::unique_ptr<unsigned char[]> shared(new unsigned char[size_t(plan.shared_bytes)]);
+  shared_memory = shared.get();
+  visit_general_kernel<Scalar>(options, plan, [&](auto width, const auto& neuron) {
+    const auto kernel = [&] { general_backward<width>(io, extras, plan, neuron); };
+    if (plan.learned) return launch_blocks(plan.blocks, plan.threads, kernel);
+    launch(plan, 0, kernel);
+  });
+  if (plan.learned) launch_blocks(plan.entry_blocks, kMostThreads, [&] { general_gradients(extras, plan); });
 }
 
 }  // namespace stbp::cuda

@@ -1,0 +1,435 @@
+"""From checked arguments to kernels or the reference: what the functions and layers of all neurons share."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd, ops, reference
+from .checks import check_integer, check_number, plain
+from .neurons import Neuron
+from .tracing import jit_trace, refuse_trace
+
+__all__ = ["BACKENDS", "DTYPES", "POTENTIALS", "Call", "check_call", "check_input", "check_steps", "run", "use_fused"]
+
+BACKENDS = ("auto", "fused", "reference")
+POTENTIALS = ("before_reset", "after_reset")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_warned: set[str] = set()
+_with_kernels: set[torch.device] = set()  # devices that were asked, beside the CPU
+
+
+@dataclass(frozen=True)
+class Call:
+    """A neuron that has been checked, and how it is to be run."""
+
+    neuron: Neuron
+    text: str  # the neuron as the operators take it; "" in a compiled graph, whose numbers it would fix
+    steps: int | None
+    time_dim: int
+    backend: str
+    has_kernel: bool  # for all dtypes
+
+
+def check_steps(steps: object) -> int:
+    """The number of time steps as a Python integer; raise if it is none."""
+    return check_integer("steps", steps)
+
+
+def check_call(neuron: Neuron, steps: object, time_dim: object, backend: str) -> Call:
+    """Raise if an argument is not accepted; see :func:`stbp_cuda.functional.lif`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    dim = plain(time_dim)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"time_dim must be an integer, got {time_dim!r}")
+    text = "" if torch.compiler.is_compiling() else neuron.text()
+    has_kernel = neuron.missing_kernel(torch.float32) is None
+    return Call(neuron, text, None if steps is None else check_steps(steps), dim, backend, has_kernel)
+
+
+def check_input(x: Tensor, steps: int | None, name: str = "x", time_dim: int = 0) -> int:
+    """Raise if x does not fit; return the number of steps."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        accepted = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TypeError(f"{name} must be of dtype {accepted}; got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {x.layout}")
+    if x.dim() == 0:
+        raise ValueError(
+            f"{name} must have a time dimension, [T, ...] or with steps=T [T*B, ...], got a tensor of shape ()"
+        )
+    entries = x.shape[time_dim]
+    if steps is None:
+        if entries == 0:
+            where = "first dimension" if time_dim == 0 else f"dimension {time_dim}"
+            raise ValueError(f"{name} must have at least one time step in its {where}, got shape {tuple(x.shape)}")
+        return entries
+    if entries % steps:
+        raise ValueError(f"steps={steps} must divide the first dimension of {name}, got shape {tuple(x.shape)}")
+    return steps
+
+
+def _initial_potential(v: Any, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The initial potential as a tensor in the shape of one step."""
+    state = ops.state_dtype(x.dtype)
+    if not isinstance(v, Tensor):
+        if not isinstance(plain(v), int | float) or isinstance(plain(v), bool):
+            raise TypeError(f"initial_potential must be a tensor, a number or None, got {type(v).__name__}")
+        return x.new_full(shape, check_number("initial_potential", v), dtype=state)
+    if v.dtype not in (state, x.dtype):
+        accepted = f"{state}, the dtype of potentials for x in {x.dtype}" + (
+            "" if state == x.dtype else ", or the dtype of x"
+        )
+        raise TypeError(f"initial_potential must be of dtype {accepted}; got {v.dtype}")
+    if v.device != x.device:
+        raise ValueError(f"initial_potential must be on the device of x, {x.device}, got {v.device}")
+    if tuple(v.shape) != shape:
+        raise ValueError(f"initial_potential must have the shape of one step of x, {shape}, got {tuple(v.shape)}")
+    return v
+
+
+def _is_expanded(x: Tensor, time_dim: int) -> bool:
+    """Whether the same current is behind all steps, and no gradient is wanted for each of them."""
+    if x.stride(time_dim) != 0 or x.shape[time_dim] == 1 or x.numel() == 0:
+        return False
+    return not (torch.is_grad_enabled() and x.requires_grad) and not autograd.transforms()
+
+
+def _outside() -> int:
+    """The ``stacklevel`` of whoever called this package, for a warning of the function that asks."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith((f"{__package__}.", "torch.nn.modules.")):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def use_fused(x: Tensor, call: Call, problem: str | None = None) -> bool:
+    """Whether the kernels run, with a warning or an error where they cannot; ``problem`` is why they cannot."""
+    backend = call.backend
+    if backend == "reference":
+        return False
+    known = x.is_cpu or (not torch.compiler.is_compiling() and x.device in _with_kernels)
+    if known and call.has_kernel and problem is None:
+        return True  # first, for the rest takes microseconds
+    problem = problem or call.neuron.missing_kernel(x.dtype) or ops.fused_backend_problem(x.device)
+    if problem is None:
+        if not torch.compiler.is_compiling():
+            _with_kernels.add(x.device)
+        return True
+    if backend == "fused":
+        raise RuntimeError(f"backend='fused' cannot run: {problem}")
+    if problem not in _warned:
+        _warned.add(problem)
+        warnings.warn(
+            f"stbp_cuda runs its slow reference implementation: {problem}; backend='reference' asks for it silently",
+            stacklevel=1 if torch.compiler.is_compiling() else _outside(),
+        )
+    return False
+
+
+def _check_lengths(lengths: Any, x: Tensor, batch: int, steps: int) -> Tensor:
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
+    if lengths.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"lengths must be of dtype torch.int64 or torch.int32, got {lengths.dtype}")
+    if tuple(lengths.shape) != (batch,):
+        raise ValueError(f"lengths must have one entry for each sample, shape {(batch,)}, got {tuple(lengths.shape)}")
+    if lengths.device != x.device:
+        raise ValueError(f"lengths must be on the device of x, {x.device}, got {lengths.device}")
+    known = lengths.is_cpu and not torch.compiler.is_compiling() and not autograd.transforms()
+    if known and batch and not (lengths.min() >= 0 and lengths.max() <= steps):
+        raise ValueError(f"lengths must lie in [0, {steps}], the steps of x, got {lengths.tolist()}")
+    return lengths.to(torch.int64)
+
+
+def _aligned_shape(name: str, value: Tensor, x: Tensor, sample: tuple[int, ...], steps: int) -> tuple[int, ...]:
+    """The shape of a parameter as [1 or T, *sample], or with 1 in place of sizes of the sample."""
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a number or a tensor of a floating dtype, got {value.dtype}")
+    if value.device != x.device and value.dim() > 0:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+    rank = len(sample)
+    in_time = name in ("scale", "shift")
+    shape: tuple[int, ...] | None = None
+    if value.dim() == 0:
+        shape = (1,) * (rank + 1)
+    elif value.dim() == 1 and rank >= 1:  # of the first dimension after the batch
+        shape = (1, value.shape[0], *[1] * (rank - 1))
+    elif value.dim() == rank:
+        shape = (1, *value.shape)
+    elif value.dim() == rank + 1 and in_time:
+        shape = tuple(value.shape)
+    fits = shape is not None and shape[0] in (1, steps)
+    if fits and all(size in (1, full) for size, full in zip(shape[1:], sample, strict=True)):  # type: ignore[index]
+        return shape  # type: ignore[return-value]
+    first = f", [{sample[0]}] of its first dimension" if sample else ""
+    also = f", or with a row for each step, ({steps}, ...)" if in_time else ""
+    raise ValueError(
+        f"{name} must broadcast to one step of one sample, {sample}{first}{also}; got shape {tuple(value.shape)}"
+    )
+
+
+def _stacked(call: Call, given: Mapping[str, Any], x: Tensor, sample: tuple[int, ...], steps: int) -> Tensor | None:
+    """Parameters as the kernels take them, [P, 1 or T, ...]; None if none is given."""
+    if not given:
+        return None
+    state = ops.state_dtype(x.dtype)
+    names = call.neuron.parameters
+    if "scale" in given or "shift" in given:
+        names = (*names, "scale", "shift")
+    defaults = {"scale": 1.0, "shift": 0.0}
+    rows: list[Tensor] = []
+    aligned: list[tuple[int, ...]] = []
+    for name in names:
+        value: Any = given[name] if name in given else defaults.get(name, getattr(call.neuron, name, None))
+        if not isinstance(value, Tensor):
+            if torch.compiler.is_compiling():  # only as a factor of a tensor is a number not fixed
+                value = torch.ones((), dtype=torch.float64, device=x.device) * value
+            else:
+                value = torch.as_tensor(value, dtype=state, device=x.device)
+        aligned.append(_aligned_shape(name, value, x, sample, steps))
+        rows.append(value.to(x.device, state))
+    if all(row.shape == rows[0].shape for row in rows):
+        stacked = torch.stack(rows).reshape(len(rows), *aligned[0])
+    else:
+        rows = [row.reshape(shape) for row, shape in zip(rows, aligned, strict=True)]
+        stacked = torch.stack(torch.broadcast_tensors(*rows))  # type: ignore[no-untyped-call]
+    # The kernels take one dimension of a sample or all.
+    varying = [d for d in range(2, stacked.dim()) if stacked.shape[d] != 1]
+    if len(varying) > 1:
+        stacked = stacked.expand(*stacked.shape[:2], *sample)
+    return stacked
+
+
+def _reference(
+    x: Tensor, call: Call, given: Mapping[str, Any], initial: Tensor | None, lengths: Tensor | None, after_reset: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference on ``x [T, B, ...]``."""
+    state = ops.state_dtype(x.dtype)
+    sample = tuple(x.shape[2:])
+    parameters: dict[str, Any] = {}
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            shape = _aligned_shape(name, value, x, sample, x.shape[0])
+            rows = value.to(x.device, state).reshape(shape)
+            value = list(rows) if rows.shape[0] > 1 else rows[0]
+        parameters[name] = value
+    return reference.run(call.neuron, x, initial, parameters, lengths, after_reset)
+
+
+def run(
+    x: Tensor,
+    call: Call,
+    initial_potential: Any = None,
+    return_potential: bool = False,
+    given: Mapping[str, Any] | None = None,
+    *,
+    lengths: Tensor | None = None,
+    constant: bool = False,
+    return_potentials: str | None = None,
+    last: bool = False,
+) -> Any:
+    """A neuron over all steps.
+
+    Args:
+        x: input current, as :func:`stbp_cuda.functional.lif` takes it.
+        call: what has been checked before: to check it anew takes a tenth of a small call.
+        given: parameters that are tensors, and scale and shift.
+        last: return the output of the last step alone, that of a neuron which does not reset.
+        others: as in :func:`stbp_cuda.functional.lif`.
+
+    Returns:
+        The output; and what was asked for, in the order final potential, potentials of all steps.
+    """
+    if jit_trace() is not None:
+        refuse_trace(call.backend)
+    general = bool(given) or lengths is not None or constant or return_potentials is not None or last
+    if isinstance(x, Tensor) and call.steps is None and x.dim() > 1 and call.time_dim == 0:
+        general = general or _is_expanded(x, 0)
+    if not general and call.time_dim == 0:
+        return _run_plain(x, call, initial_potential, return_potential)
+    return _run_general(
+        x, call, initial_potential, return_potential, given or {}, lengths, constant, return_potentials, last
+    )
+
+
+def _run_plain(x: Tensor, call: Call, initial: Any, return_potential: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """Time is the first dimension, and all is in the neuron: the shortest way."""
+    steps = check_input(x, call.steps)
+    folded = call.steps is not None
+    if initial is not None:
+        shape = (x.shape[0] // steps, *x.shape[1:]) if folded else tuple(x.shape[1:])
+        initial = _initial_potential(initial, x, shape)
+
+    output: Tensor
+    potential: Tensor
+    if not use_fused(x, call):
+        unfolded = x.reshape(steps, x.shape[0] // steps, *x.shape[1:]) if folded else x
+        output, potential, _ = reference.run(call.neuron, unfolded, initial, {})
+        output = output.flatten(0, 1) if folded else output
+        return (output, potential) if return_potential else output
+
+    if initial is not None:
+        initial = initial.to(ops.state_dtype(x.dtype))
+        if not folded:
+            initial = initial.unsqueeze(0)
+    if torch.compiler.is_compiling():
+        output, potential, _ = _traced(x, call, initial, None, None, steps, 0, False, 0, True, return_potential)
+    elif autograd.transforms():
+        output, potential, *_ = autograd.TransformableNeuron.apply(
+            x, initial, None, None, steps, 0, False, call.text, None, 0, True, return_potential, False
+        )
+    elif torch.is_grad_enabled() and (x.requires_grad or (initial is not None and initial.requires_grad)):
+        result: Tensor | tuple[Tensor, Tensor]
+        result = autograd.FusedNeuron.apply(x, initial, (steps, 0, call.text, return_potential))
+        if not return_potential:
+            return result
+        output, potential = result
+    else:
+        output, potential, _ = ops.eager_neuron_forward(x, initial, steps, 0, call.text, return_potential, False)
+    if not return_potential:
+        return output
+    return output, potential if folded else potential.squeeze(0)
+
+
+def _traced(x: Tensor, call: Call, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    initial, parameters, lengths, steps, time_dim, constant, potentials, return_output, return_final = arguments
+    numbers, kind = call.neuron.split()
+    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.stbp_cuda.neuron(
+        x,
+        initial,
+        parameters,
+        lengths,
+        steps,
+        time_dim,
+        constant,
+        numbers,
+        kind,
+        potentials,
+        return_output,
+        return_final,
+        ops.VERSION,
+    )
+    return outputs
+
+
+def _run_general(
+    x: Tensor,
+    call: Call,
+    initial: Any,
+    return_potential: bool,
+    given: Mapping[str, Any],
+    lengths: Any,
+    constant: bool,
+    return_potentials: str | None,
+    last: bool,
+) -> Any:
+    if return_potentials is not None and return_potentials not in POTENTIALS:
+        accepted = ", ".join(POTENTIALS)
+        raise ValueError(f"return_potentials must be None or one of {accepted}, got {return_potentials!r}")
+    time_dim = call.time_dim
+    if constant:
+        if call.steps is None:
+            raise ValueError("constant=True needs steps, the number of time steps")
+        steps, folded = call.steps, False
+        check_input(x.unsqueeze(0) if isinstance(x, Tensor) else x, None)
+        rank = x.dim() + 1
+    else:
+        folded = call.steps is not None
+        rank = x.dim() if isinstance(x, Tensor) else 1
+        if folded and time_dim != 0:
+            raise ValueError(f"steps is for time in the first dimension, and time_dim is {time_dim}")
+    if isinstance(x, Tensor) and not -rank <= time_dim < max(rank, 1):
+        raise ValueError(f"time_dim must be a dimension of x with its time, from {-rank} to {rank - 1}, got {time_dim}")
+    time_dim %= max(rank, 1)
+    if not constant:
+        steps = check_input(x, call.steps, time_dim=time_dim)
+        if folded:
+            x = torch.unflatten(x, 0, (steps, x.shape[0] // steps))
+            rank += 1
+    step_shape = tuple(x.shape) if constant else (*x.shape[:time_dim], *x.shape[time_dim + 1 :])
+    if initial is not None:
+        initial = _initial_potential(initial, x, step_shape)
+    if lengths is not None:
+        if len(step_shape) == 0:
+            raise ValueError("lengths needs x with a batch, [T, B, ...], got one of a single dimension")
+        lengths = _check_lengths(lengths, x, step_shape[0], steps)
+
+    # The kernels want time before or behind the batch.
+    moved = time_dim
+    if time_dim > 1 or (time_dim == 1 and not use_fused(x, call)):
+        x, time_dim = (x if constant else x.movedim(time_dim, 0)), 0
+    no_batch = len(step_shape) == 0  # a compiler cannot tell of a tuple
+    if no_batch:
+        x = x.unsqueeze(0) if constant else x.unsqueeze(1)
+        initial = None if initial is None else initial.unsqueeze(0)
+    elif not constant and _is_expanded(x, time_dim):
+        x, constant = x.select(time_dim, 0), True
+
+    outputs = _call_general(
+        x, call, initial, given, lengths, steps, time_dim, constant, return_potential, return_potentials, last
+    )
+    output, potential, potentials = outputs
+
+    def as_given(tensor: Tensor) -> Tensor:
+        if no_batch:
+            tensor = tensor.squeeze(1)
+        if folded:
+            return tensor.flatten(0, 1)
+        return tensor if moved == time_dim else tensor.movedim(0, moved)
+
+    potential = potential.squeeze(0) if no_batch else potential
+    results = [potential.to(x.dtype) if last else as_given(output)]
+    if return_potential:
+        results.append(potential)
+    if return_potentials is not None:
+        results.append(as_given(potentials))
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def _call_general(
+    x: Tensor,
+    call: Call,
+    initial: Tensor | None,
+    given: Mapping[str, Any],
+    lengths: Tensor | None,
+    steps: int,
+    time_dim: int,
+    constant: bool,
+    return_potential: bool,
+    return_potentials: str | None,
+    last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``x [T, B, ...]`` or ``[B, T, ...]``, or ``[B, ...]`` of all steps; the potential in the shape of a step."""
+    if not use_fused(x, call):
+        repeated = x.expand(steps, *x.shape) if constant else x
+        return _reference(repeated, call, given, initial, lengths, return_potentials == "after_reset")
+    sample = tuple(x.shape[1:]) if constant else tuple(x.shape[2:])
+    parameters = _stacked(call, given, x, sample, steps)
+    if initial is not None:
+        initial = initial.to(ops.state_dtype(x.dtype)).unsqueeze(time_dim)
+    which = 0 if return_potentials is None else POTENTIALS.index(return_potentials) + 1
+    return_final = return_potential or last
+    if torch.compiler.is_compiling():
+        output, potential, potentials = _traced(
+            x, call, initial, parameters, lengths, steps, time_dim, constant, which, not last, return_final
+        )
+    else:
+        arguments = (x, initial, parameters, lengths, steps, time_dim, constant, call.text, None)
+        needs_gradient = autograd.transforms() or (
+            torch.is_grad_enabled()
+            and any(tensor is not None and tensor.requires_grad for tensor in (x, initial, parameters))
+        )
+        function = autograd.TransformableNeuron.apply if needs_gradient else ops.neuron_forward
+        output, potential, potentials, _ = function(*arguments, which, not last, return_final, False)
+    return output, potential.squeeze(time_dim) if return_final else potential, potentials
