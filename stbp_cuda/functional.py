@@ -103,6 +103,7 @@ def lif(
     reset: Literal["hard", "soft"] = "hard",
     v_reset: float = 0.0,
     subtract: float | Tensor | None = None,
+    delayed: bool = False,
     detach_reset: bool = False,
     spatial_only: bool = False,
     strict_threshold: bool = False,
@@ -140,6 +141,9 @@ def lif(
         reset: "hard" sets the potential of a neuron that fired to ``v_reset``, "soft" subtracts ``subtract``.
         v_reset: the potential after a hard reset.
         subtract: what a soft reset subtracts; by default ``v_threshold``.
+        delayed: let a soft reset come in the next step, after the decay, as snnTorch has it:
+            ``u[t] = decay * u[t-1] + i[t] - subtract * o[t-1]``. The potential that goes from step to step, that of
+            ``initial_potential`` and ``return_potential``, is then ``decay * u[t] - subtract * o[t]``.
         detach_reset: let no gradient through the reset (``v``'s dependence on ``o``).
         spatial_only: let no gradient from a step to the one before: the spatial-only backpropagation (SDBP) that
             arXiv:1706.02609 compares STBP with. ``initial_potential`` then gets a gradient of zero.
@@ -188,6 +192,7 @@ def lif(
         "subtract": subtract,
         "v_reset": v_reset,
         "reset": reset,
+        "delayed": delayed,
         "detach_reset": detach_reset,
         "spatial_only": spatial_only,
         "strict_threshold": strict_threshold,

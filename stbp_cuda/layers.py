@@ -264,6 +264,7 @@ class LIFLayer(NeuronLayer):
         reset: "hard" (to ``v_reset``) or "soft" (subtract ``subtract``). Default "hard".
         v_reset: the potential after a hard reset. Default 0.
         subtract: what a soft reset subtracts. Default None, the threshold.
+        delayed: let a soft reset come in the next step, after the decay. Default False.
         detach_reset: let no gradient through the reset. Default False.
         spatial_only: let no gradient from a step to the one before (SDBP). Default False.
         strict_threshold: fire at ``u > v_threshold`` instead of ``u >= v_threshold``. Default False.
@@ -305,6 +306,7 @@ class LIFLayer(NeuronLayer):
         reset: Literal["hard", "soft"] = "hard",
         v_reset: float = 0.0,
         subtract: float | Tensor | None = None,
+        delayed: bool = False,
         detach_reset: bool = False,
         spatial_only: bool = False,
         strict_threshold: bool = False,
@@ -324,6 +326,7 @@ class LIFLayer(NeuronLayer):
             "reset": reset,
             "v_reset": v_reset,
             "subtract": subtract,
+            "delayed": delayed,
             "detach_reset": detach_reset,
             "spatial_only": spatial_only,
             "strict_threshold": strict_threshold,
@@ -517,7 +520,7 @@ class NeuNormLIF(LIFLayer):
         for name in ("decay", "v_threshold"):
             if isinstance(getattr(self, name), Tensor):
                 raise TypeError(f"{name} of NeuNormLIF must be a number, got a tensor")
-        neutral = {"subtract": None, "scale": 1, "shift": 0, "time_dim": 0}
+        neutral = {"subtract": None, "delayed": False, "scale": 1, "shift": 0, "time_dim": 0}
         for name, value in neutral.items():
             given = getattr(self, name)
             if isinstance(given, Tensor) or given != value:

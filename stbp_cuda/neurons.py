@@ -123,6 +123,8 @@ class LIF(Neuron):
         o[t] = 1 if u[t] >= v_threshold else 0
         v[t] = u[t] * (1 - o[t]) + v_reset * o[t]     hard reset
         v[t] = u[t] - subtract * o[t]                 soft reset
+
+    and with a delayed reset ``u[t] = v[t-1] + i[t]``, ``v[t] = decay * u[t] - subtract * o[t]``.
     """
 
     kind: ClassVar[str] = "lif"
@@ -133,6 +135,7 @@ class LIF(Neuron):
     subtract: float | None = None
     v_reset: float = 0.0
     reset: str = "hard"
+    delayed: bool = False
     detach_reset: bool = False
     spatial_only: bool = False
     strict_threshold: bool = False
@@ -148,7 +151,7 @@ class LIF(Neuron):
         if self.reset not in RESETS:
             advice = ""
             if self.reset in SNNTORCH:
-                advice = "; snnTorch's 'zero' is 'hard', its 'subtract' is 'soft' but a step later"
+                advice = "; snnTorch's 'zero' is 'hard', its 'subtract' is 'soft' with delayed=True"
             raise ValueError(f"reset must be one of {', '.join(RESETS)}, got {self.reset!r}{advice}")
         soft = self.reset == "soft"
         if soft and v_reset != 0:
@@ -159,8 +162,12 @@ class LIF(Neuron):
         subtract = v_threshold if self.subtract is None else check_number("subtract", self.subtract)
         if self.subtract is not None and not soft:
             raise ValueError(f"subtract belongs to reset='soft'; a hard reset sets v_reset, got subtract={subtract}")
-        flags = ("detach_reset", "spatial_only", "strict_threshold", "smooth")
+        flags = ("delayed", "detach_reset", "spatial_only", "strict_threshold", "smooth")
         checked: dict[str, Any] = {name: check_flag(name, getattr(self, name)) for name in flags}
+        if checked["delayed"] and not soft:
+            raise ValueError("delayed belongs to reset='soft', got reset='hard'")
+        if checked["delayed"] and checked["spatial_only"]:
+            raise ValueError("spatial_only leaves nothing of a delayed reset, which is in the next step: choose one")
         checked.update(decay=decay, v_threshold=v_threshold, subtract=subtract, v_reset=v_reset)
         checked["surrogate"] = resolve_surrogate(self.surrogate)
         for name, value in checked.items():
@@ -177,7 +184,7 @@ class LIF(Neuron):
     def reference_step(self, p: Mapping[str, Any], v: Tensor, current: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         surrogate: Surrogate = self.surrogate  # type: ignore[assignment]
         before = v.detach() if self.spatial_only else v
-        u = p["decay"] * before + current
+        u = (before if self.delayed else p["decay"] * before) + current
         s = u - p["v_threshold"]
         if self.smooth:
             o = surrogate.antiderivative(s)
@@ -186,4 +193,4 @@ class LIF(Neuron):
         reset_by = o.detach() if self.detach_reset else o
         if self.reset == "hard":
             return o, u, u * (1 - reset_by) + self.v_reset * reset_by
-        return o, u, u - p["subtract"] * reset_by
+        return o, u, (p["decay"] * u if self.delayed else u) - p["subtract"] * reset_by

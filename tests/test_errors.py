@@ -61,7 +61,7 @@ FROM_ELSEWHERE: list[tuple[dict[str, Any], type[Exception], str]] = [
         "v_reset must be a number, got None; for a soft reset, which has none, write reset=",
     ),
     ({"decay": 2.0}, ValueError, "decay must lie in [0, 1], got 2.0; for a time constant tau it is 1 - 1/tau"),
-    ({"reset": "subtract"}, ValueError, "snnTorch's 'zero' is 'hard', its 'subtract' is 'soft' but a step later"),
+    ({"reset": "subtract"}, ValueError, "snnTorch's 'zero' is 'hard', its 'subtract' is 'soft' with delayed=True"),
     (
         {"surrogate": "triangle"},
         ValueError,

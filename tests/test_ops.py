@@ -11,7 +11,7 @@ from stbp_cuda import engine, ops
 from stbp_cuda.neurons import LIF
 
 NEURON = (
-    "lif decay=0.5 v_threshold=0.75 subtract=0.75 v_reset=0.0 reset=hard detach_reset=0 spatial_only=0 "
+    "lif decay=0.5 v_threshold=0.75 subtract=0.75 v_reset=0.0 reset=hard delayed=0 detach_reset=0 spatial_only=0 "
     "strict_threshold=0 smooth=0 surrogate=rectangular width=1.0 gain=1.0 height=0.15 scale=6.0"
 )
 
@@ -131,7 +131,7 @@ def test_the_fake_kernels_predict_shapes_and_strides(layout: str, folded: bool, 
         (7, NEURON.replace("width=1.0", "width=0"), "width must be positive, got 0"),
         (7, NEURON.replace("0.5", "half"), "neuron must have a number after 'decay=', got lif decay=half"),
         (7, NEURON.replace("hard", "medium"), "reset must be hard or soft, got medium"),
-        (7, NEURON.replace(" reset=hard", ""), "neuron must go on with ' reset=' at ' detach_reset=0"),
+        (7, NEURON.replace(" reset=hard", ""), "neuron must go on with ' reset=' at ' delayed=0"),
         (7, NEURON + " more", "neuron has more than it should, got lif decay=0.5"),
         (7, "", "neuron must begin with one of lif, got ''"),
         (8, NUMBERS[:3], "numbers has too few values, 3"),

@@ -6,6 +6,8 @@
 //   reset   v[t] = u[t] (1 - o[t]) + v_reset o[t]    hard
 //           v[t] = u[t] - subtract o[t]              soft
 //
+// A delayed reset comes in the next step, after the decay: v[t] = decay u[t] - subtract o[t] and u[t] = v[t-1] + i[t].
+//
 // Every function is a template of V, a number or a vector of them (number.h), and of what holds the parameters: the
 // constants of a launch, or values of V. The order of the operations is that of stbp_cuda/neurons.py and of autograd on
 // it; compiled without fused multiply-add, both give the same bits. A spike is 0 or 1, and where the reference
@@ -27,6 +29,7 @@ struct LifOptions {
   double subtract = 0.75;
   double v_reset = 0;
   bool soft_reset = false;
+  bool delayed = false;
   bool detach_reset = false;
   bool spatial_only = false;
   bool strict_threshold = false;
@@ -40,6 +43,7 @@ struct LifOptions {
     reader.number("subtract", subtract);
     reader.number("v_reset", v_reset);
     reader.choice("reset", soft_reset, "hard", "soft");
+    reader.flag("delayed", delayed);
     reader.flag("detach_reset", detach_reset);
     reader.flag("spatial_only", spatial_only);
     reader.flag("strict_threshold", strict_threshold);
@@ -49,7 +53,7 @@ struct LifOptions {
 
   bool is_smooth() const { return smooth; }
   // Whether the plain kernels and those with normalisation know the reset and the surrogate.
-  bool is_plain() const { return !(soft_reset && subtract != v_threshold) && surrogate.is_plain(); }
+  bool is_plain() const { return !delayed && !(soft_reset && subtract != v_threshold) && surrogate.is_plain(); }
   bool needs_general() const { return smooth || !is_plain(); }
 };
 
@@ -71,7 +75,7 @@ template <class State>
 struct LifConstants {
   State decay, v_threshold, v_reset, subtract;
   State fires_at;  // the smallest potential that fires
-  bool strict, resets_to_zero;
+  bool strict, resets_to_zero, delayed;
   bool detached;      // no gradient flows through the reset
   bool spatial_only;  // none flows from a step to the one before
   // For EitherReset.
@@ -89,6 +93,7 @@ struct LifConstants {
         fires_at(options.strict_threshold ? std::nextafter(v_threshold, State(INFINITY)) : v_threshold),
         strict(options.strict_threshold),
         resets_to_zero(v_reset == State(0)),
+        delayed(options.delayed),
         detached(options.detach_reset),
         spatial_only(options.spatial_only),
         soft(mask(options.soft_reset)),
@@ -130,6 +135,10 @@ struct Smooth {
 };
 
 struct AnyReset {
+  template <class State>
+  static STBP_FN bool delayed(const LifConstants<State>&) {
+    return false;
+  }
   template <class State>
   static STBP_FN bool subtracts(const LifConstants<State>&) {
     return false;
@@ -185,10 +194,39 @@ struct SoftReset : AnyReset {
   }
 };
 
+// The state that goes to the next step has leaked already.
+struct DelayedReset : SoftReset {
+  template <class State>
+  static STBP_FN bool delayed(const LifConstants<State>&) {
+    return true;
+  }
+  template <class State, class Parameters, class V>
+  static STBP_FN V charge(const LifConstants<State>&, const Parameters&, V v, V current) {
+    return v + current;
+  }
+  template <class State, class Parameters, class V, class Fired>
+  static STBP_FN V apply(Heaviside, const LifConstants<State>&, const Parameters& p, V u, Fired fired) {
+    const V leaked = p.decay * u;
+    return Math<V>::choose(fired, leaked - p.subtract, leaked);
+  }
+  template <class State, class Parameters, class V, class Fired>
+  static STBP_FN V grad_potential(Heaviside, const LifConstants<State>&, const Parameters& p, Fired, V grad_v) {
+    return grad_v * p.decay;
+  }
+  template <class State, class Parameters, class V>
+  static STBP_FN V leak(const LifConstants<State>&, const Parameters&, V grad_u) {
+    return grad_u;
+  }
+};
+
 // One of the two, chosen while a kernel runs, for devices where that costs less than to compile each kernel twice, and
-// for neurons with parameters of their own. Masks choose, of all bits or none, for
+// for neurons with parameters of their own, which may also have a delayed reset. Masks choose, of all bits or none, for
 // what looks like a condition becomes jumps, and loads do not cross these.
 struct EitherReset {
+  template <class State>
+  static STBP_FN bool delayed(const LifConstants<State>& c) {
+    return c.delayed;
+  }
   template <class State>
   static STBP_FN bool subtracts(const LifConstants<State>& c) {
     return c.soft != 0;
@@ -198,9 +236,13 @@ struct EitherReset {
     return bit_cast<V>(bit_cast<typename Math<V>::Bits>(value) & mask);
   }
 
-  template <class State, class Parameters, class V>
-  static STBP_FN V charge(const LifConstants<State>&, const Parameters& p, V v, V current) {
+  template <class State, class V>
+  static STBP_FN V charge(const LifConstants<State>&, const LifConstants<State>& p, V v, V current) {
     return p.decay * v + current;
+  }
+  template <class State, class V>
+  static STBP_FN V charge(const LifConstants<State>& c, const LifValues<V>& p, V v, V current) {
+    return (c.delayed ? v : p.decay * v) + current;
   }
   template <class State, class V>
   static STBP_FN V apply(Heaviside, const LifConstants<State>& c, const LifConstants<State>&, V u, bool fired) {
@@ -208,12 +250,13 @@ struct EitherReset {
   }
   template <class State, class V, class Fired>
   static STBP_FN V apply(Heaviside, const LifConstants<State>& c, const LifValues<V>& p, V u, Fired fired) {
-    const V less = c.soft ? u - p.subtract : Math<V>::zero_times_plus(u, broadcast<V>(c.v_reset));
-    return Math<V>::choose(fired, less, u);
+    const V kept = c.delayed ? p.decay * u : u;
+    const V less = c.soft ? kept - p.subtract : Math<V>::zero_times_plus(u, broadcast<V>(c.v_reset));
+    return Math<V>::choose(fired, less, kept);
   }
   template <class State, class Parameters, class V>
   static STBP_FN V apply(Smooth, const LifConstants<State>& c, const Parameters& p, V u, V o) {
-    if (c.soft) return u - p.subtract * o;
+    if (c.soft) return (c.delayed ? p.decay * u : u) - p.subtract * o;
     return u * (State(1) - o) + c.v_reset * o;
   }
   template <class State, class V>
@@ -232,18 +275,23 @@ struct EitherReset {
     return fired ? only(grad_v, c.soft) : grad_v;
   }
   template <class State, class V, class Fired>
-  static STBP_FN V grad_potential(Heaviside, const LifConstants<State>& c, const LifValues<V>&, Fired fired, V grad_v) {
-    if (c.soft) return grad_v;
+  static STBP_FN V grad_potential(Heaviside, const LifConstants<State>& c, const LifValues<V>& p, Fired fired,
+                                  V grad_v) {
+    if (c.soft) return c.delayed ? grad_v * p.decay : grad_v;
     return Math<V>::choose(fired, V{}, grad_v);
   }
   template <class State, class Parameters, class V>
-  static STBP_FN V grad_potential(Smooth, const LifConstants<State>& c, const Parameters&, V o, V grad_v) {
-    if (c.soft) return grad_v;
+  static STBP_FN V grad_potential(Smooth, const LifConstants<State>& c, const Parameters& p, V o, V grad_v) {
+    if (c.soft) return c.delayed ? grad_v * p.decay : grad_v;
     return grad_v * (State(1) - o);
   }
-  template <class State, class Parameters, class V>
-  static STBP_FN V leak(const LifConstants<State>& c, const Parameters& p, V grad_u) {
+  template <class State, class V>
+  static STBP_FN V leak(const LifConstants<State>& c, const LifConstants<State>& p, V grad_u) {
     return only(grad_u * p.decay, c.temporal);
+  }
+  template <class State, class V>
+  static STBP_FN V leak(const LifConstants<State>& c, const LifValues<V>& p, V grad_u) {
+    return c.delayed ? grad_u : only(grad_u * p.decay, c.temporal);
   }
 };
 
@@ -333,7 +381,7 @@ struct Lif {
     const V through_spike = Reset::grad_spike(c, p, u, grad_spike, grad_v) * derivative;
     const auto fired = Firing::fire(c, p, surrogate, u);
     grad_u = (grad_u + Reset::grad_potential(Firing(), c, p, fired, grad_v)) + through_spike;
-    gradients[0] = gradients[0] + grad_u * before;
+    gradients[0] = gradients[0] + (Reset::delayed(c) ? grad_v * u : grad_u * before);
     gradients[1] = gradients[1] - through_spike;
     if (Reset::subtracts(c)) gradients[2] = gradients[2] - grad_v * Firing::template spike<V, State>(fired);
     grad_v = Reset::leak(c, p, grad_u);
@@ -376,9 +424,11 @@ STBP_HOST_FN void visit_reset(const LifOptions& options, const Surrogate& surrog
   }
 }
 
-// f(neuron) for a LIF neuron of the general kernels that is compiled for its reset alone.
+// f(neuron) for a LIF neuron that is compiled for its reset alone, even where that is delayed.
 template <class State, class Surrogate, class F>
 STBP_HOST_FN void visit_any_reset(const LifOptions& options, const Surrogate& surrogate, const F& f) {
+  if (options.delayed)
+    return f(Lif<State, DelayedReset, Heaviside, Surrogate>{LifConstants<State>(options), surrogate});
   visit_reset<State>(options, surrogate, f);
 }
 

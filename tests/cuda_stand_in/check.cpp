@@ -369,15 +369,16 @@ void check_general(const GeneralCase& of, const NeuronOptions& options, const Ma
 }
 
 void check_general() {
-  const auto lif = [](bool soft) {
+  const auto lif = [](bool soft, bool delayed) {
     LifOptions options = options_of(soft ? Reset::kSoft : Reset::kHard);
+    options.delayed = delayed;
     options.strict_threshold = soft;
     options.subtract = 0.625;
     return options;
   };
   const auto check = [&](const GeneralCase& of) {
     static int number = 0;
-    const LifOptions options = lif(number % 2 > 0);
+    const LifOptions options = lif(number % 2 > 0, number % 4 == 3);
     const auto neuron = [&] {
       return Lif<float, EitherReset, Heaviside, Rectangular<float>>{LifConstants<float>(options),
                                                                     Rectangular<float>(options.surrogate)};
