@@ -18,7 +18,7 @@ from torch import Tensor
 from .checks import check_flag, check_fraction, check_number
 from .surrogate import SURROGATES, Surrogate, resolve_surrogate
 
-__all__ = ["LIF", "NEURONS", "Neuron", "refuse_forward_ad"]
+__all__ = ["LI", "LIF", "NEURONS", "Neuron", "refuse_forward_ad"]
 
 RESETS = ("hard", "soft")
 SNNTORCH = ("zero", "subtract", "none")
@@ -194,3 +194,22 @@ class LIF(Neuron):
         if self.reset == "hard":
             return o, u, u * (1 - reset_by) + self.v_reset * reset_by
         return o, u, (p["decay"] * u if self.delayed else u) - p["subtract"] * reset_by
+
+
+@dataclass(frozen=True)
+class LI(Neuron):
+    """A leaky integrator, which does not spike: ``v[t] = decay * v[t-1] + i[t]``, its output."""
+
+    kind: ClassVar[str] = "li"
+    parameters: ClassVar[tuple[str, ...]] = ("decay",)
+    has_reset: ClassVar[bool] = False
+
+    decay: float = 0.25
+
+    def __post_init__(self) -> None:
+        decay = check_fraction("decay", self.decay, "; for a time constant tau it is 1 - 1/tau")
+        object.__setattr__(self, "decay", decay)
+
+    def reference_step(self, p: Mapping[str, Any], v: Tensor, current: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        v = p["decay"] * v + current
+        return v, v, v

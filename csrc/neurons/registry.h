@@ -5,12 +5,13 @@
 #include <utility>
 #include <variant>
 
+#include "li.h"
 #include "lif.h"
 #include "surrogate.h"
 
 namespace stbp {
 
-using NeuronOptions = std::variant<LifOptions>;
+using NeuronOptions = std::variant<LifOptions, LiOptions>;
 
 template <class State>
 using AnySurrogateOf = AnySurrogate<State, Surrogates>;
@@ -53,6 +54,7 @@ STBP_HOST_FN void visit_either_lif(List, const LifOptions& options, const F& f) 
 template <class Scalar, class F>
 STBP_HOST_FN void visit_general(const NeuronOptions& options, const F& f) {
   if (const auto* lif = std::get_if<LifOptions>(&options)) return visit_either_lif<Scalar>(Surrogates(), *lif, f);
+  f(Li<state_t<Scalar>>(std::get<LiOptions>(options)));
 }
 
 }  // namespace stbp

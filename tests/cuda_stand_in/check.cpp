@@ -385,6 +385,7 @@ void check_general() {
     };
     check_general<float>(of, options, neuron);
     if (number % 3 == 0) check_general<Half>(of, options, neuron);
+    if (number % 3 == 1) check_general<float>(of, LiOptions(), [] { return Li<float>(LiOptions()); });
     ++number;
   };
   // Constants of the launch; potentials, lengths, and nothing but potentials.
