@@ -1,7 +1,7 @@
 """Fused kernels for spiking neural networks trained with spatio-temporal backpropagation (STBP)."""
 
 from . import encoding, functional, init, losses, surrogate
-from .layers import LIFLayer, NeuNorm, NeuNormLIF, PLIFLayer
+from .layers import LIFLayer, LILayer, NeuNorm, NeuNormLIF, PLIFLayer
 from .modules import Dropout, TimeDistributed, Voting
 from .network import Network, network
 from .ops import VERSION, build_info
@@ -10,6 +10,7 @@ __version__ = VERSION
 __all__ = [
     "Dropout",
     "LIFLayer",
+    "LILayer",
     "Network",
     "NeuNorm",
     "NeuNormLIF",

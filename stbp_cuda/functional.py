@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import autograd, ops, reference
 from .checks import check_flag, check_fraction, check_number, plain
 from .engine import Call, check_call, check_input, check_steps, run, use_fused
-from .neurons import LIF, Neuron
+from .neurons import LI, LIF, Neuron
 from .other_libraries import unexpected_keyword
 from .surrogate import SURROGATES, MultiGaussian, Surrogate
 from .tracing import fx_function, jit_trace, refuse_trace
@@ -19,7 +19,7 @@ from .tracing import fx_function, jit_trace, refuse_trace
 if TYPE_CHECKING:
     from typing_extensions import Never, Unpack
 
-__all__ = ["lif", "neunorm", "neunorm_lif"]
+__all__ = ["li", "lif", "neunorm", "neunorm_lif"]
 
 SCALINGS = ("1/F", "1/F^2")
 
@@ -209,6 +209,62 @@ def lif(
         lengths=lengths,
         constant=check_flag("constant", constant),
         return_potentials=return_potentials,
+    )
+
+
+def li(
+    x: Tensor,
+    *,
+    decay: float | Tensor = 0.25,
+    scale: float | Tensor = 1.0,
+    shift: float | Tensor = 0.0,
+    output: Literal["all", "last"] = "all",
+    steps: int | None = None,
+    time_dim: int = 0,
+    constant: bool = False,
+    lengths: Tensor | None = None,
+    initial_potential: Tensor | float | None = None,
+    return_potential: bool = False,
+    backend: Backend = "auto",
+    **unexpected: Never,
+) -> Any:
+    """Leaky integrators, which do not spike: a read-out ::
+
+        v[t] = decay * v[t-1] + scale * x[t] + shift
+
+    Args:
+        x: input current, as in :func:`lif`.
+        decay: the fraction of the potential that is left after one step, in [0, 1], or a tensor.
+        output: "all" returns the potentials of all steps, "last" that of the last one alone, ``[B, ...]``.
+        lengths: as in :func:`lif`: the last potential is that at the end of a sample, the others past it are 0.
+        others: as in :func:`lif`.
+
+    Returns:
+        The potentials ``v`` in the dtype of ``x``; with ``return_potential`` also ``v[T]`` in float32 (float64 for
+        float64 ``x``).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`lif`.
+    """
+    if not isinstance(x, Tensor):
+        node = fx_function(li, **{name: value for name, value in locals().items() if name != "unexpected"})
+        if node is not None:
+            return node
+    if unexpected:
+        raise unexpected_keyword("li", unexpected)
+    if output not in ("all", "last"):
+        raise ValueError(f"output must be one of all, last, got {output!r}")
+    fields: dict[str, Any] = {"decay": decay}
+    given = split_tensors(LI, fields, scale, shift)
+    return run(
+        x,
+        make_call(LI, steps, time_dim, backend, **fields),
+        initial_potential,
+        check_flag("return_potential", return_potential),
+        given,
+        lengths=lengths,
+        constant=check_flag("constant", constant),
+        last=output == "last",
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import functional
 from .checks import check_flag, check_number, check_sizes, plain
 from .engine import BACKENDS, Call, check_steps, run
-from .neurons import LIF, RESETS, Neuron
+from .neurons import LI, LIF, RESETS, Neuron
 from .other_libraries import unexpected_keyword
 from .surrogate import Surrogate, resolve_surrogate
 from .tracing import fx_module, refuse_script
@@ -24,7 +24,7 @@ from .tracing import fx_module, refuse_script
 if TYPE_CHECKING:
     from typing_extensions import Never, Unpack
 
-__all__ = ["LIFLayer", "NeuNorm", "NeuNormLIF", "PLIFLayer"]
+__all__ = ["LIFLayer", "LILayer", "NeuNorm", "NeuNormLIF", "PLIFLayer"]
 
 # Other libraries call `reset()` and set `backend` on every module of a network that has an attribute of that name.
 _RENAMED = {"reset": "reset_mode", "backend": "backend_mode"}
@@ -416,6 +416,81 @@ class PLIFLayer(LIFLayer):
 
     def _constants(self) -> dict[str, Any]:
         return {option: value for option, value in super()._constants().items() if option not in ("decay", "scale")}
+
+
+class LILayer(NeuronLayer):
+    """A read-out of leaky integrators, which do not spike; :func:`stbp_cuda.functional.li` as a module.
+
+    Args:
+        decay: the fraction of the potential that is left after one step, in [0, 1]. Default 0.25.
+        output: "all" for the potentials of all steps, "last" for that of the last one. Default "all".
+        scale, shift, learn, channels, steps, time_dim, backend: as in :class:`LIFLayer`; "decay", "scale" and "shift"
+            may be learned.
+
+    Raises:
+        TypeError, ValueError: an option is not one of those accepted.
+    """
+
+    kind = LI
+
+    def __init__(
+        self,
+        decay: float | Tensor = 0.25,
+        *,
+        output: Literal["all", "last"] = "all",
+        scale: float | Tensor = 1.0,
+        shift: float | Tensor = 0.0,
+        learn: Sequence[str] = (),
+        channels: int | Sequence[int] | None = None,
+        steps: int | None = None,
+        time_dim: int = 0,
+        backend: Literal["auto", "fused", "reference"] = "auto",
+        **unexpected: Never,
+    ) -> None:
+        if output not in ("all", "last"):
+            raise ValueError(f"output must be one of all, last, got {output!r}")
+        options = {
+            "decay": decay,
+            "scale": scale,
+            "shift": shift,
+            "steps": steps,
+            "time_dim": time_dim,
+            "backend": backend,
+        }
+        self._set_up(options, learn, channels, unexpected)
+        self.output = output
+
+    def forward(
+        self,
+        x: Tensor,
+        initial_potential: Tensor | float | None = None,
+        return_potential: bool = False,
+        *,
+        lengths: Tensor | None = None,
+        constant: bool = False,
+    ) -> Any:
+        """Run the layer; the arguments are those of :class:`LIFLayer`.
+
+        Returns:
+            The potentials of all steps in the shape and dtype of ``x``, or with ``output="last"`` that of the last one
+            ``[B, ...]``; with ``return_potential`` also the final potential.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.li`.
+        """
+        more: dict[str, Any] = {"lengths": lengths, "constant": constant}
+        if not isinstance(x, Tensor):
+            states = {"initial_potential": initial_potential, "return_potential": return_potential, **more}
+            node = fx_module(self, x, **states)
+            if node is not None:
+                return node
+            return functional.li(x, **{**self._options(), **self.values()}, output=self.output, **states)
+        given = self._parameters_given()
+        last = self.output == "last"
+        return run(x, self._checked(), initial_potential, bool(return_potential), given, last=last, **more)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, output={self.output!r}"
 
 
 def _weight(shape: Sequence[int]) -> nn.Parameter:

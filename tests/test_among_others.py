@@ -48,6 +48,7 @@ def network_of_all_layers() -> nn.Sequential:
         nn.Flatten(2),
         stbp_cuda.network("144-20-Voting", (144,), v_threshold=0.1),
         stbp_cuda.PLIFLayer(v_threshold=0.1),
+        stbp_cuda.LILayer(learn="decay"),
     )
     assert {type(module) for module in net.modules()} >= set(OURS)
     return net
