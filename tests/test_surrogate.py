@@ -9,16 +9,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from stbp_cuda.surrogate import SURROGATES, Rectangular, Surrogate, resolve_surrogate
+from stbp_cuda.surrogate import (
+    SURROGATES,
+    MultiGaussian,
+    Polynomial,
+    Rectangular,
+    Surrogate,
+    Triangle,
+    resolve_surrogate,
+)
 
 every_surrogate = pytest.mark.parametrize("name", SURROGATES)
 every_width = pytest.mark.parametrize("width", [0.1, 1.0, 2.5])
+every_gain = pytest.mark.parametrize("gain", [1.0, 0.3])
+
+
+def area(surrogate: Surrogate) -> float:
+    return surrogate.gain * (1 - surrogate.height if isinstance(surrogate, MultiGaussian) else 1)
 
 
 @every_surrogate
 @every_width
-def test_derivative_is_that_of_the_antiderivative(name: str, width: float) -> None:
-    surrogate = SURROGATES[name](width)
+@every_gain
+def test_derivative_is_that_of_the_antiderivative(name: str, width: float, gain: float) -> None:
+    surrogate = SURROGATES[name](width, gain)
     s = torch.linspace(-3, 3, 4001, dtype=torch.float64) + 1e-4  # off the corners, which lie at round numbers
     h = 1e-6
     numerical = (surrogate.antiderivative(s + h) - surrogate.antiderivative(s - h)) / (2 * h)
@@ -27,8 +41,9 @@ def test_derivative_is_that_of_the_antiderivative(name: str, width: float) -> No
 
 @every_surrogate
 @every_width
-def test_autograd_of_the_antiderivative_is_the_derivative(name: str, width: float) -> None:
-    surrogate = SURROGATES[name](width)
+@every_gain
+def test_autograd_of_the_antiderivative_is_the_derivative(name: str, width: float, gain: float) -> None:
+    surrogate = SURROGATES[name](width, gain)
     s = (torch.linspace(-3, 3, 4001, dtype=torch.float64) + 1e-4).requires_grad_()
     (gradient,) = torch.autograd.grad(surrogate.antiderivative(s).sum(), s)
     torch.testing.assert_close(gradient, surrogate.derivative(s).detach(), rtol=1e-9, atol=1e-15 / width)
@@ -36,12 +51,16 @@ def test_autograd_of_the_antiderivative_is_the_derivative(name: str, width: floa
 
 @every_surrogate
 @every_width
-def test_antiderivative_rises_from_0_to_1_and_is_half_at_the_threshold(name: str, width: float) -> None:
-    surrogate = SURROGATES[name](width)
+@every_gain
+def test_antiderivative_rises_from_0_to_the_area_and_is_half_at_the_threshold(
+    name: str, width: float, gain: float
+) -> None:
+    surrogate = SURROGATES[name](width, gain)
     values = surrogate.antiderivative(torch.tensor([-1e9, 0.0, 1e9], dtype=torch.float64))
-    torch.testing.assert_close(values, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), rtol=0, atol=1e-8)
+    expected = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64) * area(surrogate)
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-8)
     s = torch.linspace(-5, 5, 1001, dtype=torch.float64)
-    assert (surrogate.antiderivative(s).diff() >= 0).all()
+    assert (surrogate.antiderivative(s).diff() >= 0).all() or name == "multi_gaussian"  # negative at a distance
 
 
 # The paper's Eqs. 23-26 with numbers put in, and the others' at the peak and at one more point.
@@ -60,18 +79,40 @@ def test_antiderivative_rises_from_0_to_1_and_is_half_at_the_threshold(name: str
         ("atan", math.pi, 1.0, 1 / (2 * math.pi)),
         ("fast_sigmoid", 0.5, 0.0, 2.0),
         ("fast_sigmoid", 2.0, -1.0, 0.125),
+        # 1.15 in the middle, and from each side 0.15 of a normal density six times as wide.
+        ("multi_gaussian", 1.0, 0.0, (1.15 - 0.05 * math.exp(-1 / 72)) / math.sqrt(2 * math.pi)),
+        (
+            "multi_gaussian",
+            0.25,
+            0.5,
+            (1.15 * math.exp(-0.5) - 0.025 * (1 + math.exp(-1 / 18))) / math.sqrt(math.pi / 2),
+        ),
     ],
 )
 def test_derivative_at_a_point(name: str, width: float, s: float, expected: float) -> None:
-    value = SURROGATES[name](width).derivative(torch.tensor(s, dtype=torch.float64)).item()
-    assert value == pytest.approx(expected, rel=1e-12, abs=0)
+    at = torch.tensor(s, dtype=torch.float64)
+    assert SURROGATES[name](width).derivative(at).item() == pytest.approx(expected, rel=1e-12, abs=0)
+    assert SURROGATES[name](width, 0.5).derivative(at).item() == pytest.approx(0.5 * expected, rel=1e-12, abs=0)
+
+
+def test_triangle_is_a_polynomial() -> None:
+    assert Triangle(0.3, 0.5) == Polynomial(4 / 0.3**2, 0.5)
+
+
+@pytest.mark.parametrize(("s", "expected"), [(0.0, 0.5), (1.0, 0.25), (-1.5, 0.125), (2.0, 0.0), (3.0, 0.0)])
+def test_triangle_at_a_point(s: float, expected: float) -> None:
+    at = torch.tensor(s, dtype=torch.float64)
+    assert Triangle(2.0).derivative(at).item() == pytest.approx(expected)
+    assert Triangle(2.0, gain=2.0).derivative(at).item() == pytest.approx(2 * expected)
 
 
 @every_surrogate
-def test_unit_area(name: str) -> None:
+@every_gain
+def test_area(name: str, gain: float) -> None:
     s = torch.from_numpy(np.sinh(np.linspace(-25, 25, 200_001)))  # dense at 0, and far out for the heavy tails
-    area = torch.trapezoid(SURROGATES[name](1.0).derivative(s), s).item()
-    assert area == pytest.approx(1, abs=1e-3)  # points are 1e-4 apart where the rectangle ends
+    found = torch.trapezoid(SURROGATES[name](1.0, gain).derivative(s), s).item()
+    # Points are 1e-4 apart where the rectangle ends.
+    assert found == pytest.approx(area(SURROGATES[name](1.0, gain)), abs=1e-3)
 
 
 @every_surrogate
@@ -81,7 +122,7 @@ def test_far_tails_neither_overflow_nor_turn_nan(name: str, width: float) -> Non
     s = torch.tensor([-3e38, -1e5, 0.0, 1e5, 3e38])
     for value in (surrogate.derivative(s), surrogate.antiderivative(s)):
         assert value.isfinite().all()
-        assert (value >= 0).all()
+        assert (value >= 0).all() or name == "multi_gaussian"
 
 
 def test_resolve() -> None:
@@ -101,10 +142,24 @@ def test_width_must_be_in_range(name: str, width: float) -> None:
 
 
 @every_surrogate
-@pytest.mark.parametrize("width", ["1", None, True])
-def test_width_must_be_a_number(name: str, width: object) -> None:
-    with pytest.raises(TypeError, match="width must be a number"):
-        SURROGATES[name](width)  # type: ignore[arg-type]
+@pytest.mark.parametrize("gain", [0.0, -1.0, math.nan, math.inf, 1e-7, 1e7])
+def test_gain_must_be_in_range(name: str, gain: float) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"gain must lie in [1e-6, 1e6], got {gain}")):
+        SURROGATES[name](gain=gain)
+
+
+@pytest.mark.parametrize("half_width", [0.0, -1.0, math.nan, 1e-15, 1e15])
+def test_half_width_must_be_in_range(half_width: float) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"half_width must lie in [1e-14, 1e14], got {half_width}")):
+        Triangle(half_width)
+
+
+@every_surrogate
+@pytest.mark.parametrize("value", ["1", None, True])
+@pytest.mark.parametrize("argument", ["width", "gain"])
+def test_width_and_gain_must_be_numbers(name: str, value: object, argument: str) -> None:
+    with pytest.raises(TypeError, match=f"{argument} must be a number"):
+        SURROGATES[name](**{argument: value})  # type: ignore[arg-type]
 
 
 def test_a_surrogate_of_ones_own_needs_both_formulas() -> None:
