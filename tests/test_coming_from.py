@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from stbp_cuda import LIFLayer
-from stbp_cuda.surrogate import FastSigmoid, Sigmoid, Surrogate
+from stbp_cuda import LIFLayer, PLIFLayer
+from stbp_cuda.surrogate import Atan, Sigmoid, Surrogate
 
 PAGE = (Path(__file__).parent.parent / "docs" / "coming-from.md").read_text()
 Layer = Callable[[Tensor], Tensor]
@@ -77,9 +77,10 @@ def stepwise(step: Callable[..., tuple[Tensor, Any]]) -> Layer:
     """A module of snnTorch or Norse, called in each step."""
 
     def layer(x: Tensor) -> Tensor:
-        state, spikes = getattr(step, "reset_mem", lambda: None)(), []
+        first = getattr(step, "reset_mem", lambda: None)()
+        state, spikes = first if isinstance(first, tuple) else (first,), []
         for current in x:
-            spike, state = step(current, state)
+            spike, *state = step(current, *state)
             spikes.append(spike)
         return torch.stack(spikes)
 
@@ -104,9 +105,8 @@ def run(layer: Layer, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return spikes.detach().to(x.dtype), gradient
 
 
-def compare(theirs: Layer, ours: Layer, k: float, factor: float | None = 1.0, rtol: float = 1e-9) -> None:
-    """Hold spikes against each other, for currents of about the size of k, and gradients, of which theirs must be
-    ``factor`` times ours; or times no number at all if it is None."""
+def compare(theirs: Layer, ours: Layer, k: float, rtol: float = 1e-9, same_gradients: bool = True) -> None:
+    """Hold spikes and gradients against each other, for currents of about the size of k."""
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         x = (torch.randn(12, 4, 50, generator=generator, dtype=torch.float64) + 0.4) * k
@@ -115,17 +115,23 @@ def compare(theirs: Layer, ours: Layer, k: float, factor: float | None = 1.0, rt
         assert torch.equal(found, expected)
         assert 0.02 < expected.mean() < 0.9
         assert (their_gradient != 0).double().mean() > 0.05
-        if factor is None:
+        if same_gradients:
+            atol = rtol * their_gradient.abs().max().item()
+            torch.testing.assert_close(gradient, their_gradient, rtol=rtol, atol=atol)
+        else:
             best = (their_gradient * gradient).sum() / gradient.square().sum()
             assert (their_gradient - best * gradient).norm() > 0.01 * their_gradient.norm()
-        else:
-            atol = rtol * their_gradient.abs().max().item()
-            torch.testing.assert_close(factor * gradient, their_gradient, rtol=rtol, atol=atol)
 
 
-def check_row(theirs: Layer, ours: str, factor: str, rtol: float = 1e-9, **names: Any) -> None:
+def size_of_currents(layer: nn.Module) -> float:
+    (lif,) = (module for module in layer.modules() if isinstance(module, LIFLayer))
+    scale = 1 - lif.decay if isinstance(lif, PLIFLayer) else float(lif.scale)
+    return torch.as_tensor(lif.v_threshold).item() / scale
+
+
+def check_row(theirs: Layer, ours: str, rtol: float = 1e-9, **names: Any) -> None:
     layer = eval(ours, {**NAMES, **names})
-    compare(theirs, layer, layer.v_threshold, float(factor) if re.fullmatch(r"[\d.]+", factor) else None, rtol)
+    compare(theirs, layer.double(), size_of_currents(layer), rtol)
 
 
 def every_row(title: str, number: int = 0) -> Any:
@@ -136,9 +142,9 @@ def every_row(title: str, number: int = 0) -> Any:
 @every_row("SpikingJelly")
 @pytest.mark.usefixtures("float64")
 def test_spikingjelly(row: list[str]) -> None:
-    theirs, ours, factor = row
+    theirs, ours = row
     node = eval(code(theirs), library("spikingjelly"))
-    check_row(multi_step(node), code(ours), factor)
+    check_row(multi_step(node), code(ours))
     assert repr(NAMES["from_spikingjelly"](node)) == repr(eval(code(ours), NAMES))
 
 
@@ -202,6 +208,7 @@ def test_the_transcription_that_comes_to_mind() -> None:
     x = torch.randn(20, 10_000, generator=torch.Generator().manual_seed(0))
     rates = [LIFLayer(0.5, threshold, Sigmoid(width))(x).mean().item() for threshold, width in ((1.0, 1.0), (2.0, 0.5))]
     assert rates == pytest.approx([0.13, 0.03], abs=0.005)
+    assert NAMES["in_their_units"](x).mean().item() == pytest.approx(rates[1], abs=1e-5)
     names = library("spikingjelly")
     assert multi_step(names["neuron"].LIFNode())(x).mean().item() == pytest.approx(rates[1], abs=1e-5)
 
@@ -210,8 +217,8 @@ def test_the_transcription_that_comes_to_mind() -> None:
 @pytest.mark.usefixtures("float64")
 def test_snntorch(row: list[str]) -> None:
     """snnTorch's spikes and their gradients are float32, whatever its input is."""
-    theirs, ours, factor = row
-    check_row(stepwise(eval(code(theirs), library("snntorch"))), code(ours), factor, rtol=1e-6)
+    theirs, ours = row
+    check_row(stepwise(eval(code(theirs), {"torch": torch, **library("snntorch")})), code(ours), rtol=1e-6)
 
 
 def test_subtraction_by_snntorch() -> None:
@@ -225,32 +232,110 @@ def test_subtraction_by_snntorch() -> None:
     assert (ours(x) != late(x)).float().mean() > 0.01  # the default
 
 
+def gradients(layer: Layer, x: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    torch.manual_seed(1)
+    spikes = layer(x)
+    assert 0.02 < spikes.mean() < 0.9
+    return list(torch.autograd.grad((spikes * torch.randn(spikes.shape)).sum(), parameters))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("shape", [(), (50,)])
+def test_what_snntorch_learns(shape: tuple[int, ...]) -> None:
+    snntorch = library("snntorch")["snntorch"]
+    decay, threshold = torch.rand(shape) * 0.4 + 0.5, torch.rand(shape) + 0.5
+    theirs = snntorch.Leaky(decay.clone(), threshold.clone(), learn_beta=True, learn_threshold=True)
+    own = [nn.Parameter(decay.clone()), nn.Parameter(threshold.clone())]
+    options = {"reset": "soft", "delayed": True, "detach_reset": True, "strict_threshold": True}
+    ours = LIFLayer(*own, Atan(1.0), **options)
+    x = torch.randn(20, 8, 50) + 0.4
+    assert torch.equal(stepwise(theirs)(x).double(), ours(x))
+    expected = gradients(stepwise(theirs), x, [theirs.beta, theirs.threshold])
+    for found, gradient in zip(gradients(ours, x, own), expected, strict=True):
+        assert gradient.all()
+        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("v_reset", [0.0, -0.3, None])
+@pytest.mark.parametrize("decay_input", [True, False])
+@pytest.mark.parametrize("tau", [2.0, 3.5])
+def test_what_spikingjelly_learns(v_reset: float | None, decay_input: bool, tau: float) -> None:
+    neuron = library("spikingjelly")["neuron"]
+    node = neuron.ParametricLIFNode(tau, decay_input, v_threshold=0.7, v_reset=v_reset, detach_reset=True)
+    ours = NAMES["from_spikingjelly"](node)
+    x = torch.randn(20, 8, 50) + 0.4
+    assert torch.equal(multi_step(node)(x), ours(x))
+    (expected,) = gradients(multi_step(node), x, [node.w])
+    (found,) = gradients(ours, x, list(ours.parameters()))
+    if not decay_input:
+        found = -found  # of the decay's logit; w is that of 1 - decay
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    assert abs(expected) > 1e-3
+
+
+READ_OUTS = tables("Read-outs and potentials")[0]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("row", READ_OUTS, ids=[row[0] for row in READ_OUTS])
+def test_read_outs(row: list[str]) -> None:
+    name = row[0].partition(":")[0].lower()
+    theirs: Any = eval(re.findall("`(.*?)`", row[0])[-1], library(name))
+    ours = eval(code(row[1]), NAMES)
+    x = torch.randn(10, 4, 50).requires_grad_()
+    if name == "spikingjelly":
+        potentials = theirs(x)
+    else:
+        state, potentials = theirs.reset_mem() if name == "snntorch" else None, []
+        for current in x:
+            value, state = theirs(current, state)
+            potentials.append(state if name == "snntorch" else value)
+    found, expected = ours(x), potentials if isinstance(potentials, Tensor) else torch.stack(potentials)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)), rtol=1e-6, atol=1e-5
+    )
+
+
+def test_potentials_of_all_steps() -> None:
+    x = torch.randn(10, 50, dtype=torch.float64)
+    names = library("spikingjelly")
+    node = names["neuron"].LIFNode(decay_input=False, step_mode="m", store_v_seq=True)
+    node(x)
+    _, potentials = NAMES["from_spikingjelly"](node)(x, return_potentials="after_reset")
+    assert torch.equal(potentials, node.v_seq)
+    leaky = library("snntorch")["snntorch"].Leaky(0.5)
+    mem, expected = leaky.reset_mem(), []
+    for current in x:
+        _, mem = leaky(current, mem)
+        expected.append(mem)
+    ours = LIFLayer(0.5, 1.0, reset="soft", delayed=True, strict_threshold=True)
+    (
+        _,
+        potentials,
+    ) = ours(x, return_potentials="before_reset")
+    torch.testing.assert_close(potentials, torch.stack(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_learned_parameters() -> None:
+    names = NAMES
+    assert names["learned"].learned["decay"].shape == (16,)
+    assert names["learned"].learned["decay"].grad.any()
+    torch.testing.assert_close(names["learned"].values()["decay"], torch.full((16,), 0.9, dtype=torch.float64))
+    assert len(list(names["as_they_are"].parameters())) == 2
+    assert len(list(names["fixed"].buffers())) == 3
+    assert names["fixed"](torch.randn(10, 3, 16)).shape == (10, 3, 16)
+    assert names["u"].shape == names["v"].shape == (8, 3, 16)
+
+
 @every_row("Norse")
 @pytest.mark.usefixtures("float64")
 def test_norse(row: list[str]) -> None:
     """Norse's default parameters are float32."""
-    theirs, ours, factor = row
+    theirs, ours = row
     cell = eval(code(theirs), {"torch": torch, **library("norse")})
-    check_row(stepwise(cell), code(ours), factor, rtol=1e-6)
-
-
-@pytest.mark.usefixtures("float64")
-def test_synaptic_currents_of_norse() -> None:
-    (theirs, ours) = re.findall(r"`(norse.LIFCell.*)` is\n`(LIFLayer.*)` after it", PAGE)[0]
-    layer = eval(ours, NAMES)
-    cell = eval(theirs, library("norse"))
-    compare(stepwise(cell), lambda x: layer(NAMES["synaptic_current"](x)), 5.0, rtol=1e-6)
-
-
-@pytest.mark.usefixtures("float64")
-def test_gradients_are_scaled_by_a_hook() -> None:
-    snntorch = library("snntorch")["snntorch"]
-    leaky = snntorch.Leaky(0.9, reset_mechanism="zero", spike_grad=snntorch.surrogate.fast_sigmoid(25))
-    compare(stepwise(leaky), NAMES["fast_sigmoid_25"], 1.0, rtol=1e-6)
-    scale, surrogate = NAMES["scale_gradient"], FastSigmoid(2 / 25)
-    theirs = nn.Sequential(*(scale(LIFLayer(0.9, 1.0, surrogate, detach_reset=True), 2 / 25) for _ in range(3)))
-    ours = nn.Sequential(*(LIFLayer(0.9, 1.0, surrogate, detach_reset=True) for _ in range(3)))
-    compare(theirs, ours, 1.0, 1 / 12.5**3)
+    check_row(stepwise(cell), code(ours), rtol=1e-6)
 
 
 def mem_update(x: Tensor, decay: float, fire: Callable[[Tensor], Tensor], detach: bool = False) -> Tensor:
@@ -297,6 +382,16 @@ def nda(x: Tensor) -> Tensor:
 K = 0.4
 
 
+def sparch(x: Tensor) -> Tensor:
+    u = spike = torch.zeros_like(x[0])
+    spikes = []
+    for current in x:
+        u = K * (u - spike) + (1 - K) * current
+        spike = Fire.apply(u - 1, lambda s: s > 0, lambda s: (s.abs() <= 0.5).to(s))
+        spikes.append(spike)
+    return torch.stack(spikes)
+
+
 def plif(x: Tensor) -> Tensor:
     v = torch.zeros_like(x[0])
     spikes = []
@@ -314,27 +409,29 @@ LOOPS = {
     "STBP-simple": yjwu17(0.2, 0.2),
     "TET": tet,
     "NDA": nda,
-    "PLIF, without its learning": plif,
+    "PLIF": plif,
+    "sparch, `LIFLayer`, with `alpha` k": sparch,
 }
 
 
 @every_row("Papers' code and hand-written loops")
+@pytest.mark.usefixtures("float64")
 def test_papers_code(row: list[str]) -> None:
-    name, charge, fires, ours, factor = row
-    check_row(LOOPS[name], code(ours), factor, k=K)
+    name, charge, fires, ours = row
+    check_row(LOOPS[name], code(ours), k=K)
     layer = eval(code(ours), {**NAMES, "k": K})
     charged = eval(code(charge), {"v": 1.0, "x": 0.0, "k": K})
     comparison, threshold = code(fires).split()
-    scale = layer.v_threshold / float(threshold)  # of potentials
     assert (charged, comparison) == (pytest.approx(layer.decay), ">" if layer.strict_threshold else ">=")
-    assert scale == (1 / K if layer.detach_reset else 1)
+    assert eval(code(charge), {"v": 0.0, "x": 1.0, "k": K}) == pytest.approx(layer.scale)
+    assert layer.v_threshold == float(threshold)
 
 
 def test_a_threshold_that_is_subtracted_twice() -> None:
     def earlier(x: Tensor) -> Tensor:
         return mem_update(x, 0.2, lambda u: Fire.apply(u - 0.2, lambda s: s > 0.2, window(0.0)))
 
-    compare(earlier, LIFLayer(0.2, 0.4, strict_threshold=True), 0.4, factor=None)
+    compare(earlier, LIFLayer(0.2, 0.4, strict_threshold=True), 0.4, same_gradients=False)
 
 
 def test_a_network_of_the_authors() -> None:
@@ -376,7 +473,11 @@ def test_a_network_of_the_authors() -> None:
 def their_derivative(cell: str, s: Tensor, a: float) -> Tensor:
     """Of a spike function at s, or written out."""
     if "s" in re.findall(r"\w+", code(cell)):
-        derivative = eval(code(cell), {"torch": torch, "s": s, "a": a})
+
+        def density(s: Tensor, mean: float, deviation: float) -> Tensor:
+            return torch.distributions.Normal(mean, deviation).log_prob(s).exp()
+
+        derivative = eval(code(cell), {"torch": torch, "s": s, "a": a, "g": density})
         assert isinstance(derivative, Tensor)
         return derivative
     s = s.clone().requires_grad_()
@@ -395,15 +496,12 @@ SURROGATES = [row for table in tables("Surrogates") for row in table]
 @pytest.mark.parametrize("row", SURROGATES, ids=[row[0] for row in SURROGATES])
 @pytest.mark.usefixtures("float64")
 def test_surrogates(row: list[str]) -> None:
-    theirs, ours, factor = row
+    theirs, ours = row
     s = torch.linspace(-4, 4, 999) + 1e-4
     for a in (0.3, 1.0, 2.5):
         for k in (1.0, 2.0, 0.4):
             surrogate: Surrogate = eval(code(ours), {**NAMES, "a": a, "k": k})
-            height = eval(code(factor), {"a": a})
-            found = (
-                k * surrogate.derivative(k * s) * height
-            )  # potentials are k times theirs, and so is their derivative
+            found = k * surrogate.derivative(k * s)  # potentials are k times theirs, and so is their derivative
             rtol = 1e-6 if "snntorch" in theirs else 1e-9  # whose gradients are float32 in part
             torch.testing.assert_close(found, their_derivative(theirs, s, a), rtol=rtol, atol=1e-12)
 
@@ -414,8 +512,14 @@ def test_layouts() -> None:
     assert torch.equal(names["folded"], spikes.flatten(0, 1))
     assert torch.equal(names["from_batch_first"], spikes.movedim(0, 1))
     assert torch.equal(names["from_time_last"], spikes.movedim(0, -1))
-    assert not names["from_batch_first"].is_contiguous()
+    assert names["from_batch_first"].is_contiguous()
     assert not torch.equal(LIFLayer()(names["batch_first"]), names["from_batch_first"])  # samples taken for steps
+    for sample, length in enumerate(names["lengths"]):
+        alone, last = LIFLayer()(names["x"][:length, sample], return_potential=True)
+        assert torch.equal(names["padded"][:length, sample], alone)
+        assert not names["padded"][length:, sample].any()
+        assert torch.equal(names["last"][sample], last)
+        torch.testing.assert_close(names["mean_rates"][sample], alone.mean(0))
 
 
 @pytest.mark.usefixtures("float64")
@@ -485,13 +589,14 @@ def test_half_types() -> None:
 
 def test_constant_currents() -> None:
     names = NAMES
-    assert torch.equal(names["constant"], names["repeated"])
-    gradients = [
-        torch.autograd.grad(names[result].sum(), names["current"], retain_graph=True)[0]
-        for result in ("constant", "repeated")
-    ]
-    torch.testing.assert_close(*gradients)
-    assert gradients[0].abs().max() > 0
+    for way in ("constant", "expanded"):
+        assert torch.equal(names[way], names["repeated"])
+        gradients = [
+            torch.autograd.grad(names[result].sum(), names["current"], retain_graph=True)[0]
+            for result in (way, "repeated")
+        ]
+        torch.testing.assert_close(*gradients)
+        assert gradients[0].abs().max() > 0
     kept: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:

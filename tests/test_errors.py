@@ -14,10 +14,11 @@ from torch import Tensor
 
 import stbp_cuda
 from stbp_cuda import engine, functional, ops, other_libraries
-from stbp_cuda.engine import BACKENDS
+from stbp_cuda import surrogate as surrogates
 from stbp_cuda.surrogate import SURROGATES, Atan, Surrogate
 
 SURROGATES_BY_CLASS = {cls.__name__: cls for cls in SURROGATES.values()}
+SURROGATES_BY_CLASS["Triangle"] = surrogates.Triangle  # type: ignore[assignment]
 X = torch.zeros(6, 4, 3)
 
 BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -65,18 +66,19 @@ FROM_ELSEWHERE: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"surrogate": "triangle"},
         ValueError,
-        "write surrogate=Polynomial(4 / g**2), a triangle that is 0 from a distance",
+        "write surrogate=Triangle(g), which is 0 from a distance of g on and 1 / g high",
     ),
-    ({"surrogate": "piecewise_quadratic"}, ValueError, "write surrogate=Polynomial(4 / g**2)"),
-    ({"surrogate": "super_spike"}, ValueError, "write surrogate=FastSigmoid(2 / alpha)"),
-    ({"surrogate": "SuperSpike"}, ValueError, "write surrogate=FastSigmoid(2 / alpha)"),
-    ({"surrogate": "fast-sigmoid"}, ValueError, "write surrogate=FastSigmoid(2 / alpha)"),
+    ({"surrogate": "piecewise_quadratic"}, ValueError, "write surrogate=Triangle(g)"),
+    ({"surrogate": "super_spike"}, ValueError, "write surrogate=FastSigmoid(2 / alpha, gain=2 / alpha)"),
+    ({"surrogate": "SuperSpike"}, ValueError, "write surrogate=FastSigmoid(2 / alpha, gain=2 / alpha)"),
+    ({"surrogate": "fast-sigmoid"}, ValueError, "write surrogate=FastSigmoid(2 / alpha, gain=2 / alpha)"),
     ({"surrogate": "boxcar"}, ValueError, "write surrogate=Rectangular(2 * g)"),
     ({"surrogate": "ATan"}, ValueError, "write surrogate=Atan(2 / alpha)"),
     ({"surrogate": "arctan"}, ValueError, "write surrogate=Atan(2 / alpha)"),
     ({"surrogate": "erf"}, ValueError, "write surrogate=Gaussian(sigma**2)"),
     ({"surrogate": "logistic"}, ValueError, "write surrogate=Sigmoid(1 / alpha)"),
-    ({"surrogate": "multi_gaussian"}, ValueError, "it is not there yet; a subclass of stbp_cuda.surrogate.Surrogate"),
+    ({"surrogate": "MultiGaussian"}, ValueError, "write surrogate=MultiGaussian(lens**2, gain=0.5)"),
+    ({"surrogate": "laplace"}, ValueError, "it is not there yet; a subclass of stbp_cuda.surrogate.Surrogate"),
     ({"surrogate": Atan}, TypeError, "Atan'>: write Atan() or Atan(width)"),
     ({"surrogate": torch.sigmoid}, TypeError, SURROGATE_OF_THEIRS),
 ]
@@ -89,10 +91,31 @@ def test_what_other_libraries_have_is_translated(options: dict[str, Any], error:
 
 @pytest.mark.parametrize("keyword", other_libraries.KEYWORDS)
 def test_their_keywords_are_translated(keyword: str) -> None:
-    advice = re.escape(f" got an unexpected keyword argument {keyword!r}; {other_libraries.KEYWORDS[keyword]} (docs/")
     for name, call in TAKE_OPTIONS.items():
-        with pytest.raises(TypeError, match=re.escape(f"{name}()") + advice):
+        if keyword in inspect.signature(call).parameters:
+            continue
+        advice = other_libraries.KEYWORDS_OF.get(name, {}).get(keyword, other_libraries.KEYWORDS[keyword])
+        message = f"{name}() got an unexpected keyword argument {keyword!r}; {advice} (docs/"
+        with pytest.raises(TypeError, match=re.escape(message)):
             call(unknown=0, **{keyword: 1})
+
+
+@pytest.mark.parametrize("name", ["lif", "neunorm_lif", "LIFLayer", "NeuNormLIF", "PLIFLayer", "li", "LILayer"])
+def test_advice_names_what_is_there(name: str) -> None:
+    """An option that is advised is one of the function, or of another one that is named."""
+    theirs = {**other_libraries.KEYWORDS, **other_libraries.KEYWORDS_OF.get(name, {})}
+    options = set(inspect.signature(TAKE_OPTIONS[name]).parameters)
+    if name in ("neunorm_lif", "NeuNormLIF"):
+        options |= {*functional.NeuronOptions.__annotations__, "scale", "delayed", "time_dim", "learn"}  # of LIFLayer
+    if name == "PLIFLayer":
+        options |= set(inspect.signature(stbp_cuda.LIFLayer).parameters) - {"decay", "scale"}
+    elif name in ("lif", "li"):
+        options |= {"learn"}  # of the layer
+    for keyword, advice in theirs.items():
+        if keyword in options or "PLIFLayer(" in advice or "in front of" in advice:
+            continue
+        for option in re.findall(r"write (\w+)", advice) + re.findall(r"[ (](\w+)=\S", advice.partition("; ")[0]):
+            assert option in options | {"return_potentials"}, (keyword, advice)  # of the call
 
 
 def test_other_unexpected_keywords_are_said_as_python_does() -> None:
@@ -104,7 +127,10 @@ def test_other_unexpected_keywords_are_said_as_python_does() -> None:
 TAKE_OPTIONS: dict[str, Callable[..., Any]] = {
     "lif": functools.partial(functional.lif, X),
     "neunorm_lif": functools.partial(functional.neunorm_lif, torch.zeros(6, 1, 4, 3), torch.zeros(4, 3)),
+    "li": functools.partial(functional.li, X),
     "LIFLayer": stbp_cuda.LIFLayer,
+    "LILayer": stbp_cuda.LILayer,
+    "PLIFLayer": stbp_cuda.PLIFLayer,
     "NeuNormLIF": functools.partial(stbp_cuda.NeuNormLIF, (4, 3)),
 }
 
@@ -133,15 +159,15 @@ def test_all_keywords_of_their_neurons_are_known() -> None:
 
 @pytest.mark.parametrize("library", other_libraries.SURROGATES_OF)
 def test_their_surrogates_are_translated(library: str) -> None:
-    """The class, width and height that the message has are those of their gradients."""
+    """The class, width and gain that the message has are those of their gradients."""
     name = {"spikingjelly": "spikingjelly.activation_based.surrogate", "snntorch": "snntorch.surrogate"}
     module = pytest.importorskip(name.get(library, "norse.torch.functional.threshold"))
     s = torch.linspace(-3, 3, 1001, dtype=torch.float64, requires_grad=True)
-    for name_of_theirs, (ours, width, height) in other_libraries.SURROGATES_OF[library].items():
+    for name_of_theirs, (ours, width, gain) in other_libraries.SURROGATES_OF[library].items():
         theirs = getattr(module, name_of_theirs, None) or getattr(
             pytest.importorskip("norse.torch.functional.superspike"), name_of_theirs
         )
-        parameter = next((p for p in ("alpha", "slope", "k") if p in f"{width} {height}"), "alpha")
+        parameter = next((p for p in ("alpha", "slope", "k") if p in f"{width} {gain}"), "alpha")
         if library == "norse":
             given = theirs
             apply = getattr(theirs, "apply", theirs)
@@ -150,15 +176,14 @@ def test_their_surrogates_are_translated(library: str) -> None:
             given = theirs(**{parameter: 1.7})
             (gradient,) = torch.autograd.grad(given(s).sum(), s)
         values = {parameter: 1.7}
-        surrogate = SURROGATES_BY_CLASS[ours](eval(width, {}, values))
-        expected = surrogate.derivative(s.detach())
-        torch.testing.assert_close(expected, gradient * (eval(height, {}, values) if height else 1))
+        surrogate = SURROGATES_BY_CLASS[ours](eval(width, {}, values), eval(gain or "1", {}, values))
+        torch.testing.assert_close(surrogate.derivative(s.detach()), gradient)
         with pytest.raises(TypeError) as error:
             stbp_cuda.LIFLayer(surrogate=given)
         message = str(error.value)
-        assert f"write stbp_cuda.surrogate.{ours}({width}) for {library}'s {name_of_theirs}" in message
-        assert f"{height} times as high" in message if height else "times as high" not in message
-        assert (f", with {parameter}=1.7" in message) == (library != "norse" and parameter in width + height)
+        arguments = f"{width}, gain={gain}" if gain else width
+        assert f"write stbp_cuda.surrogate.{ours}({arguments}) for {library}'s {name_of_theirs}" in message
+        assert (f", with {parameter}=1.7" in message) == (library != "norse" and parameter in width + gain)
 
 
 def test_surrogates_of_theirs_that_have_no_counterpart() -> None:
@@ -169,11 +194,22 @@ def test_surrogates_of_theirs_that_have_no_counterpart() -> None:
         stbp_cuda.LIFLayer(surrogate=theirs.ATan)
 
 
+def multi_gaussian(s: Tensor, lens: float = 0.7) -> Tensor:
+    """As in the code of arXiv:2103.12593."""
+
+    def gaussian(mean: float, sigma: float) -> Tensor:
+        return torch.exp(torch.distributions.Normal(mean, sigma).log_prob(s))
+
+    sides = gaussian(lens, 6 * lens) + gaussian(-lens, 6 * lens)
+    return (gaussian(0.0, lens) * (1 + 0.15) - sides * 0.15) * 0.5
+
+
 @pytest.mark.parametrize(
     ("name", "derivative"),
     [
         ("triangle", lambda s: (1 / 0.7 - s.abs() / 0.7**2).clamp_min(0)),
-        ("superspike", lambda s: 0.7 / 2 / (1 + 0.7 * s.abs()) ** 2),
+        ("superspike", lambda s: 1 / (1 + 0.7 * s.abs()) ** 2),
+        ("multigaussian", multi_gaussian),
         ("boxcar", lambda s: (s.abs() < 0.7) / 1.4),
         ("arctan", lambda s: 0.7 / 2 / (1 + (math.pi / 2 * 0.7 * s) ** 2)),
         ("normal", lambda s: torch.exp(torch.distributions.Normal(0, 0.7).log_prob(s))),
@@ -181,11 +217,11 @@ def test_surrogates_of_theirs_that_have_no_counterpart() -> None:
     ],
 )
 def test_usual_names_are_translated_rightly(name: str, derivative: Callable[[Tensor], Tensor]) -> None:
-    found = re.match(r"write surrogate=(\w+)\((.*?)\)[,;]", other_libraries.SURROGATES_BY_NAME[name])
+    found = re.match(r"write surrogate=(\w+\(.*?\))[,;]", other_libraries.SURROGATES_BY_NAME[name])
     assert found
     s = torch.linspace(-3, 3, 1001, dtype=torch.float64)
-    width = eval(found[2], {}, dict.fromkeys(("g", "alpha", "sigma"), 0.7))
-    torch.testing.assert_close(SURROGATES_BY_CLASS[found[1]](width).derivative(s), derivative(s).double())
+    surrogate = eval(found[1], dict(SURROGATES_BY_CLASS), dict.fromkeys(("g", "alpha", "sigma", "lens"), 0.7))
+    torch.testing.assert_close(surrogate.derivative(s), derivative(s).double())
 
 
 @pytest.mark.parametrize(
@@ -198,7 +234,7 @@ def test_parameters_of_surrogates_are_translated(ours: str, theirs: str) -> None
         SURROGATES_BY_CLASS[ours](unknown=2.0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", engine.BACKENDS)
 @pytest.mark.parametrize(
     ("x", "options", "error", "message"),
     [
@@ -210,6 +246,7 @@ def test_parameters_of_surrogates_are_translated(ours: str, theirs: str) -> None
         (torch.zeros(0, 4), {}, ValueError, "x must have at least one time step in its first dimension, got shape (0,"),
         (X, {"steps": 4}, ValueError, "steps=4 must divide the first dimension of x, got shape (6, 4, 3)"),
         (X, {"initial_potential": "0.5"}, TypeError, "initial_potential must be a tensor, a number or None, got str"),
+        (X, {"initial_potential": math.nan}, ValueError, "initial_potential must be finite in float32, got nan"),
         (
             X,
             {"initial_potential": torch.zeros(4)},
@@ -269,6 +306,18 @@ def test_a_surrogate_without_a_kernel_runs_on_the_reference_and_says_so_once() -
         functional.lif(x, surrogate=Triangle(), backend="reference")
     with pytest.raises(RuntimeError, match="backend='fused' cannot run: there is no fused kernel for the surrogate"):
         functional.lif(x, surrogate=Triangle(), backend="fused")
+
+
+@pytest.mark.usefixtures("never_warned")
+@pytest.mark.parametrize("options", [{}, {"scale": 2.0}, {"time_dim": 1}])
+def test_the_warning_names_the_line_of_the_user(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = stbp_cuda.LIFLayer(surrogate=Triangle(), **options)
+    norm = stbp_cuda.NeuNormLIF((4, 3), surrogate=Triangle())
+    for call in (layer, functools.partial(functional.lif, surrogate=Triangle(), **options), norm):
+        monkeypatch.setattr(engine, "_warned", set())
+        with pytest.warns(UserWarning, match="slow reference implementation") as record:
+            call(torch.randn(2, 5, 4, 3))
+        assert record[0].filename == __file__
 
 
 def test_a_smooth_spike_has_kernels_in_float64_only() -> None:

@@ -306,4 +306,5 @@ def test_the_examples_of_the_readme() -> None:
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
         exec(code, names)
     assert names["rates"].shape == (32, 10)
+    assert names["logits"].shape == (32, 20)
     assert all(parameter.grad is not None for parameter in names["net"].parameters())

@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor, nn
 
-from stbp_cuda import LIFLayer
+from stbp_cuda import LIFLayer, functional
 
 PAGE = (Path(__file__).parent.parent / "docs" / "works-with.md").read_text()
 Names = dict[str, Any]
@@ -58,6 +58,47 @@ def eighths(*shape: int) -> Tensor:
 def test_compile_is_only_written_right(names: Names) -> None:
     """test_layer.py runs it."""
     assert isinstance(run_section("torch.compile", names)["compiled"], nn.Module)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "potentials": {"return_potentials": "before_reset", "return_potential": True},
+    "constant": {"constant": True, "steps": 5},
+    "last dimension": {"time_dim": -1},
+    "second dimension": {"time_dim": 1, "lengths": torch.tensor([1, 2])},
+    "initial number": {"initial_potential": 0.3},
+    "delayed": {"reset": "soft", "delayed": True, "subtract": 0.5},
+    "tensors": {"decay": torch.rand(6), "scale": torch.rand(6), "v_threshold": torch.tensor(0.3)},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_compiled_options_give_the_same_bits_in_few_graphs(options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        outputs = functional.lif(x, **options)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    compiled = torch.compile(run, fullgraph=True)
+    for size in range(2, 8):
+        x = torch.rand(2 if "lengths" in options else size, size + 3, 6, requires_grad=True)
+        expected, found = run(x), compiled(x)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        both = [torch.autograd.grad(sum(y.square().sum() for y in ys), x)[0] for ys in (found, expected)]
+        torch.testing.assert_close(*both)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+def test_numbers_beside_tensors_that_change_make_few_graphs() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(lambda x, scale: functional.lif(x, decay=scale / 10, scale=scale), fullgraph=True)
+    x = torch.rand(4, 3, 6)
+    for tenth in range(2, 10):
+        assert torch.equal(compiled(x, tenth / 10), functional.lif(x, decay=tenth / 10 / 10, scale=tenth / 10))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
 def test_export(names: Names) -> None:
@@ -199,6 +240,40 @@ def test_fx(names: Names) -> None:
     assert [node.op for node in traced.graph.nodes].count("call_module") == 4
     x = torch.rand(9, 2, 6)
     assert torch.equal(traced(x), names["net"](x))
+
+
+def test_learned_parameters_lengths_and_time_dim(names: Names) -> None:
+    run_section("torch.func", names)
+    run_section("Learned parameters, lengths, time_dim", names)
+    padded, x, lengths = names["padded"], names["sequences"], names["lengths"]
+    expected = padded(x, lengths)
+    for name in ("compiled_padded", "per_sequence"):
+        assert torch.equal(names[name], expected)
+    for number, length in enumerate(lengths.tolist()):
+        if length > 0:
+            alone = padded(x[number : number + 1, :length], lengths[number : number + 1])
+            torch.testing.assert_close(alone[0], expected[number])
+    x, lengths = torch.rand(3, 9, 6), torch.tensor([9, 0, 4])
+    for graph in (names["exported"].module(), names["traced_padded"]):
+        assert torch.equal(graph(x, lengths), padded(x, lengths))
+    assert all(gradient.any() for gradient in torch.autograd.grad(expected.sum(), list(padded.parameters())))
+
+
+def test_an_ensemble_with_parameters_of_its_own() -> None:
+    from torch.func import functional_call, stack_module_state, vmap
+
+    nets = [nn.Sequential(nn.Linear(6, 9), LIFLayer(0.5, 0.3, "atan", learn="decay", channels=9)) for _ in range(3)]
+    for net in nets:
+        nn.init.normal_(net[1].learned["decay"])
+    x = torch.rand(4, 8, 6)
+    parameters, buffers = stack_module_state(nets)
+    spikes = vmap(lambda *state: functional_call(nets[0], state, (x,)))(parameters, buffers)
+    spikes.square().sum().backward()
+    for number, net in enumerate(nets):
+        assert torch.equal(spikes[number], net(x))
+        net(x).square().sum().backward()
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(parameters[name].grad[number], parameter.grad)
 
 
 @pytest.mark.cuda
