@@ -194,6 +194,22 @@ def neunorm_targets() -> str:
     return targets(load("neunorm")["targets"])
 
 
+def neurons() -> str:
+    result = load("neurons")
+    rows = []
+    for point in result["points"]:
+        shape = " x ".join(map(str, point["shape"]))
+        for pair, ratio in point["ratios"].items():
+            rows.append([pair, point["pass"], shape, point["dtype"], times(ratio)])
+    rows.sort(key=lambda row: list(result["summary"]).index(row[0]))
+    head = ["compared", "pass", "T x B x C x H x W", "", "times as fast"]
+    return about(result["machine"]) + table(head, rows)
+
+
+def neurons_targets() -> str:
+    return targets(load("neurons")["targets"])
+
+
 def memory() -> str:
     result = load("memory")
     rows = []
@@ -439,7 +455,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     figure.__name__: figure
     for figure in (
         *(speed, speed_targets, train_step, train_step_targets, memory, overhead, kernels),
-        *(train_step_speed, train_step_growth, neunorm, neunorm_targets, compiled, instructions),
+        *(train_step_speed, train_step_growth, neunorm, neunorm_targets, neurons, neurons_targets),
+        *(compiled, instructions),
         *(h200_machine, h200_speed, h200_fused, h200_kernels, h200_variants, h200_train_step),
         *(h200_compiled_step, h200_neunorm, h200_host),
     )

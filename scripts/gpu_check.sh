@@ -6,7 +6,7 @@
 #   scripts/gpu_check.sh                    in at most eight minutes
 #   scripts/gpu_check.sh --minutes 20       of longer patience
 #   scripts/gpu_check.sh --skip tests,speed without these parts: build tests sanitizer kernels speed overhead neunorm
-#                                           train_step memory
+#                                           neurons train_step memory
 #   scripts/gpu_check.sh --train 6          also trains CIFARNet on CIFAR-10, for at most six minutes more
 #   scripts/gpu_check.sh --data FOLDER      where examples/train.py finds CIFAR-10; default: data
 #   scripts/gpu_check.sh --rivals FOLDER    with the rivals from there: wheels, installed for this run alone, or packages
@@ -49,7 +49,7 @@ done
 [[ $minutes =~ ^[0-9]+$ && $minutes -gt 0 ]] || { echo "--minutes must be a positive integer, got $minutes" >&2; exit 2; }
 [[ $train =~ ^[0-9]+$ ]] || { echo "--train must be a number of minutes, got $train" >&2; exit 2; }
 [[ $device == cuda || $device == cpu ]] || { echo "--device must be cuda or cpu, got $device" >&2; exit 2; }
-parts="build tests sanitizer kernels speed overhead neunorm train_step memory"
+parts="build tests sanitizer kernels speed overhead neunorm neurons train_step memory"
 for part in ${skip//,/ }; do
   [[ " $parts " == *" $part "* ]] || { echo "--skip: there is no part $part, but $parts" >&2; exit 2; }
 done
@@ -110,7 +110,7 @@ fi
 failed=0
 # How the time is shared out: what a part leaves of its own goes to those after it.
 declare -A weights=([build]=90 [tests]=110 [sanitizer]=40 [kernels]=70 [speed]=60 [overhead]=12 [neunorm]=20
-  [train_step]=50 [memory]=28)
+  [neurons]=20 [train_step]=50 [memory]=28)
 for part in ${skip//,/ }; do unset "weights[$part]"; done
 # run NAME SECONDS COMMAND...: run it for at most so many seconds, and note how it went.
 run() {
@@ -204,6 +204,7 @@ part kernels bash -c kernels
 part speed bash -c 'bench speed --quick --dtypes float32 bfloat16'
 part overhead bash -c 'bench overhead --quick'
 part neunorm bash -c 'bench neunorm --quick'
+part neurons bash -c 'bench neurons --quick'
 part train_step bash -c 'bench train_step --quick'
 part memory bash -c 'bench memory --quick'
 ((train == 0)) || run train $((60 * train)) bash -c train

@@ -237,6 +237,19 @@ def test_neunorm(tmp_path: Path) -> None:
     assert [met for target, met in written["targets"].items() if "each layer" in target] == [worst >= 2]
 
 
+def test_neurons(tmp_path: Path) -> None:
+    done = run("neurons.py", "--device", "cpu", "--quick", "--seconds", 0.01, "--out", tmp_path)
+    written = result(done, tmp_path, "neurons-cpu-quick", "neurons-cpu-quick")
+    assert [p["pass"] for p in written["points"]] == ["forward", "backward", "fwd+bwd"] * 2
+    for point in written["points"]:
+        for pair, ratio in point["ratios"].items():
+            ours, theirs = pair.split(" / ")
+            assert ratio == point["times"][theirs]["median"] / point["times"][ours]["median"]
+    assert len(written["targets"]) == len(written["summary"]) == 6
+    least = [met for target, met in written["targets"].items() if target.startswith("per channel")]
+    assert least == [written["summary"]["per channel / plain"]["median"] >= 0.85]
+
+
 # A benchmark that sends itself a SIGINT when it begins its third measurement.
 INTERRUPTED = """
 import os, runpy, signal, sys
