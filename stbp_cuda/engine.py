@@ -253,10 +253,9 @@ def run(
     """
     if jit_trace() is not None:
         refuse_trace(call.backend)
-    general = bool(given) or lengths is not None or constant or return_potentials is not None or last
-    if isinstance(x, Tensor) and call.steps is None and x.dim() > 1 and call.time_dim == 0:
-        general = general or _is_expanded(x, 0)
-    if not general and call.time_dim == 0:
+    # The conditions in the order of their cost: a small layer waits for them.
+    is_plain = not (given or constant or last or call.time_dim) and lengths is None and return_potentials is None
+    if is_plain and (call.steps is not None or not isinstance(x, Tensor) or x.dim() < 2 or not _is_expanded(x, 0)):
         return _run_plain(x, call, initial_potential, return_potential)
     return _run_general(
         x, call, initial_potential, return_potential, given or {}, lengths, constant, return_potentials, last

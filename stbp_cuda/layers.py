@@ -193,7 +193,7 @@ class NeuronLayer(ConstantsLayer):
         return self._call or self._check()
 
     def _parameters_given(self) -> dict[str, Any]:
-        if not self.learned and not self._has_tensors:
+        if not self._has_tensors and "learned" not in self._modules:  # first, as each call asks
             return self._given
         given = {**self._given, **self.values()}
         # A soft reset subtracts the threshold, unless it is told what.
@@ -365,13 +365,24 @@ class LIFLayer(NeuronLayer):
         Raises:
             TypeError, ValueError, RuntimeError: see :func:`stbp_cuda.functional.lif`.
         """
-        more: dict[str, Any] = {"lengths": lengths, "constant": constant, "return_potentials": return_potentials}
         if not isinstance(x, Tensor):
-            states = {"initial_potential": initial_potential, "return_potential": return_potential, **more}
+            states: dict[str, Any] = {"initial_potential": initial_potential, "return_potential": return_potential}
+            states.update(lengths=lengths, constant=constant, return_potentials=return_potentials)
             node = fx_module(self, x, **states)
             return functional.lif(x, **{**self._options(), **self.values()}, **states) if node is None else node
-        call = self._checked()
-        return run(x, call, initial_potential, bool(return_potential), self._parameters_given(), **more)
+        call = self._call or self._check()
+        if lengths is None and not constant and return_potentials is None:  # fewer arguments take less time
+            return run(x, call, initial_potential, bool(return_potential), self._parameters_given())
+        return run(
+            x,
+            call,
+            initial_potential,
+            bool(return_potential),
+            self._parameters_given(),
+            lengths=lengths,
+            constant=constant,
+            return_potentials=return_potentials,
+        )
 
 
 class PLIFLayer(LIFLayer):

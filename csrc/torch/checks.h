@@ -98,13 +98,15 @@ struct InputShape {
   int64_t batch() const { return time_dim == 1 ? sizes[0] : sizes.size() > 1 ? sizes[1] : 1; }
 
   // The shape and strides of a tensor that has `count` entries where x has `steps`: 1 for a potential.
-  std::vector<int64_t> sizes_for(int64_t count) const {
-    std::vector<int64_t> result = sizes;
-    result[size_t(time_dim)] = sizes[size_t(time_dim)] / steps * count;
-    return result;
+  const std::vector<int64_t>& sizes_for(int64_t count) const {
+    if (count == steps) return sizes;  // a copy costs time
+    other_sizes_ = sizes;
+    other_sizes_[size_t(time_dim)] = sizes[size_t(time_dim)] / steps * count;
+    return other_sizes_;
   }
-  std::vector<int64_t> strides_for(int64_t count) const {
-    std::vector<int64_t> result = strides_;
+  const std::vector<int64_t>& strides_for(int64_t count) const {
+    if (time_dim == 0 && !constant_) return strides_;
+    std::vector<int64_t>& result = other_strides_ = strides_;
     if (time_dim == 1) {
       result[1] = sizes[0] > 0 ? neurons_ / sizes[0] : 1;
       result[0] = result[1] * count;
@@ -115,6 +117,7 @@ struct InputShape {
   }
   // Of x itself.
   std::vector<int64_t> input_strides() const {
+    if (time_dim == 0 && !constant_) return strides_;
     std::vector<int64_t> result = strides_for(1);
     if (constant_) result.erase(result.begin() + time_dim);
     return constant_ || time_dim == 0 ? result : strides_for(steps);
@@ -171,6 +174,7 @@ struct InputShape {
   bool is_empty() const { return std::find(sizes.begin(), sizes.end(), 0) != sizes.end(); }
 
   std::vector<int64_t> strides_;
+  mutable std::vector<int64_t> other_sizes_, other_strides_;  // of the last call
   int64_t neurons_;
   bool constant_;
 };

@@ -138,20 +138,25 @@ class NeuronCall {
   bool affine_ = false;
 };
 
-// -> the output; the final state; the potentials of all steps, before (potentials 1) or after (2) the reset; the state
-// after every kChunk-th step but the last. What is not asked for is empty.
+// The output; the final state; the potentials of all steps, before (potentials 1) or after (2) the reset, or none; the
+// state after every kChunk-th step but the last. Without tensors for what nobody asks for, as each takes time.
+struct NeuronOutputs {
+  Tensor output, final_state;
+  std::optional<Tensor> potentials;
+  Tensor states;
+};
+
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_forward(const Tensor& x, const std::optional<Tensor>& initial,
+NeuronOutputs run_forward(const Tensor& x, const std::optional<Tensor>& initial,
                                                           const std::optional<Tensor>& parameters,
                                                           const std::optional<Tensor>& lengths, int64_t steps,
-                                                          int64_t time_dim, bool constant, std::string neuron,
-                                                          const std::optional<Tensor>& numbers, int64_t potentials,
-                                                          bool return_output, bool return_final, bool save_states) {
+                                                          int64_t time_dim, bool constant, const std::string& neuron, const std::optional<Tensor>& numbers, int64_t potentials, bool return_output, bool return_final, bool save_states) {
   const NeuronCall call(x, initial, parameters, lengths, steps, time_dim, constant, neuron, numbers, potentials);
   const int64_t saved = save_states ? (steps - 1) / Device::kChunk : 0;
   const Tensor output = call.result(steps, call.type, return_output);
   const Tensor final_state = call.result(1, call.state, return_final);
-  const Tensor all_potentials = call.result(steps, call.state, potentials != 0);
+  std::optional<Tensor> all_potentials;
+  if (potentials != 0) all_potentials = call.result(steps, call.state);
   const Tensor states = call.result(saved, call.state);
   if (call.layout.neurons() > 0) {
     visit_scalar(call.type, [&](auto number) {
@@ -166,20 +171,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_forward(const Tensor& x, const
       const LifOptions* const plain = call.plain();
       if (plain && return_output) return Device::forward(io, *plain, x.get_device_index());
       Extras<State> extras = call.extras<State>();
-      extras.potentials = output_pointer<State>(all_potentials);
+      extras.potentials = all_potentials ? output_pointer<State>(*all_potentials) : nullptr;
       Device::general_forward(io, extras, call.options, x.get_device_index());
     });
   }
   return {output, final_state, all_potentials, states};
 }
 
-// -> dL/dx; dL/d(initial state) and dL/dparameters, if asked for. Where `states` is empty, they are computed anew.
+// -> all of that; what is not asked for is empty.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> neuron_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_forward(
+    const Tensor& x, const std::optional<Tensor>& initial, const std::optional<Tensor>& parameters,
+    const std::optional<Tensor>& lengths, int64_t steps, int64_t time_dim, bool constant, std::string neuron,
+    const std::optional<Tensor>& numbers, int64_t potentials, bool return_output, bool return_final, bool save_states) {
+  const NeuronOutputs of = run_forward<Device>(x, initial, parameters, lengths, steps, time_dim, constant, neuron,
+                                               numbers, potentials, return_output, return_final, save_states);
+  return {of.output, of.final_state, of.potentials ? *of.potentials : no_output(state_type(x.scalar_type()), x),
+          of.states};
+}
+
+// dL/dx; dL/d(initial state); dL/dparameters, or none. Where `states` is empty, they are computed anew.
+struct NeuronGradients {
+  Tensor grad_x, grad_initial;
+  std::optional<Tensor> grad_parameters;
+};
+
+template <class Device>
+NeuronGradients run_backward(
     const std::optional<Tensor>& grad_output, const std::optional<Tensor>& grad_final,
     const std::optional<Tensor>& grad_potentials, const Tensor& x, const std::optional<Tensor>& initial,
     const std::optional<Tensor>& parameters, const std::optional<Tensor>& lengths, const Tensor& states, int64_t steps,
-    int64_t time_dim, bool constant, std::string neuron, const std::optional<Tensor>& numbers, int64_t potentials,
+    int64_t time_dim, bool constant, const std::string& neuron, const std::optional<Tensor>& numbers, int64_t potentials,
     bool return_grad_initial, bool return_grad_parameters) {
   const NeuronCall call(x, initial, parameters, lengths, steps, time_dim, constant, neuron, numbers, potentials);
   check(!grad_potentials || potentials != 0, "grad_potentials needs potentials to be 1 or 2");
@@ -191,8 +213,9 @@ std::tuple<Tensor, Tensor, Tensor> neuron_backward(
   if (saved) {
     const bool anew = states.numel() == 0;
     const Tensor& known =
-        anew ? std::get<3>(neuron_forward<Device>(x, initial, parameters, lengths, steps, time_dim, constant, neuron,
-                                                  numbers, potentials, true, false, true))
+        anew ? run_forward<Device>(x, initial, parameters, lengths, steps, time_dim, constant, neuron, numbers, potentials,
+                                   true, false, true)
+                   .states
              : states;
     kept = call.fitting("states", known, saved, call.state);
   }
@@ -200,9 +223,9 @@ std::tuple<Tensor, Tensor, Tensor> neuron_backward(
 
   const Tensor grad_x = empty_with(call.shape.input_sizes(), call.shape.input_strides(), call.type, x);
   const Tensor grad_initial = call.result(1, call.state, return_grad_initial);
-  Tensor grad_parameters = return_grad_parameters
-                               ? empty_with(sizes_of(*parameters), strides_of(*call.parameters()), call.state, x)
-                               : no_output(call.state, x);
+  std::optional<Tensor> grad_parameters;
+  if (return_grad_parameters)
+    grad_parameters = empty_with(sizes_of(*parameters), strides_of(*call.parameters()), call.state, x);
   if (call.layout.neurons() > 0) {
     visit_scalar(call.type, [&](auto number) {
       using Scalar = decltype(number);
@@ -219,18 +242,33 @@ std::tuple<Tensor, Tensor, Tensor> neuron_backward(
       if (plain && grad) return Device::backward(io, *plain, x.get_device_index());
       Extras<State> extras = call.extras<State>();
       extras.potentials = grad_all ? output_pointer<State>(*grad_all) : nullptr;
-      extras.grad_parameters = output_pointer<State>(grad_parameters);
+      extras.grad_parameters = grad_parameters ? output_pointer<State>(*grad_parameters) : nullptr;
       const int64_t partial = Device::template general_partial<Scalar>(call.layout, extras, call.options);
       const Tensor sums = empty_with({partial}, {1}, ScalarType::Double, x);
       extras.partial = output_pointer<double>(sums);
       Device::general_backward(io, extras, call.options, x.get_device_index());
     });
   } else if (return_grad_parameters) {
-    torch::stable::zero_(grad_parameters);
+    torch::stable::zero_(*grad_parameters);
   }
   if (return_grad_parameters)
-    grad_parameters = with_strides(grad_parameters, contiguous_strides(sizes_of(*parameters)));
+    grad_parameters = with_strides(*grad_parameters, contiguous_strides(sizes_of(*parameters)));
   return {grad_x, grad_initial, grad_parameters};
+}
+
+// -> all of that; what is not asked for is empty.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> neuron_backward(
+    const std::optional<Tensor>& grad_output, const std::optional<Tensor>& grad_final,
+    const std::optional<Tensor>& grad_potentials, const Tensor& x, const std::optional<Tensor>& initial,
+    const std::optional<Tensor>& parameters, const std::optional<Tensor>& lengths, const Tensor& states, int64_t steps,
+    int64_t time_dim, bool constant, std::string neuron, const std::optional<Tensor>& numbers, int64_t potentials,
+    bool return_grad_initial, bool return_grad_parameters) {
+  const NeuronGradients of = run_backward<Device>(grad_output, grad_final, grad_potentials, x, initial, parameters,
+                                                  lengths, states, steps, time_dim, constant, neuron, numbers,
+                                                  potentials, return_grad_initial, return_grad_parameters);
+  return {of.grad_x, of.grad_initial,
+          of.grad_parameters ? *of.grad_parameters : no_output(state_type(x.scalar_type()), x)};
 }
 
 // The two for plain neurons with few arguments, each of which costs time.
@@ -238,9 +276,9 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor> eager_neuron_forward(const Tensor& x, const std::optional<Tensor>& initial,
                                                         int64_t steps, int64_t time_dim, std::string neuron,
                                                         bool return_final, bool save_states) {
-  auto [output, final_state, potentials, states] = neuron_forward<Device>(
-      x, initial, {}, {}, steps, time_dim, false, std::move(neuron), {}, 0, true, return_final, save_states);
-  return {output, final_state, states};
+  const NeuronOutputs of = run_forward<Device>(x, initial, {}, {}, steps, time_dim, false, neuron, {}, 0, true,
+                                               return_final, save_states);
+  return {of.output, of.final_state, of.states};
 }
 
 template <class Device>
@@ -248,10 +286,9 @@ std::tuple<Tensor, Tensor> eager_neuron_backward(const Tensor& grad_output, cons
                                                  const Tensor& x, const std::optional<Tensor>& initial,
                                                  const Tensor& states, int64_t steps, int64_t time_dim,
                                                  std::string neuron, bool return_grad_initial) {
-  auto [grad_x, grad_initial, grad_parameters] =
-      neuron_backward<Device>(grad_output, grad_final, {}, x, initial, {}, {}, states, steps, time_dim, false,
-                              std::move(neuron), {}, 0, return_grad_initial, false);
-  return {grad_x, grad_initial};
+  const NeuronGradients of = run_backward<Device>(grad_output, grad_final, {}, x, initial, {}, {}, states, steps,
+                                                  time_dim, false, neuron, {}, 0, return_grad_initial, false);
+  return {of.grad_x, of.grad_initial};
 }
 
 }  // namespace stbp
