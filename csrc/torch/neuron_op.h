@@ -148,9 +148,10 @@ struct NeuronOutputs {
 
 template <class Device>
 NeuronOutputs run_forward(const Tensor& x, const std::optional<Tensor>& initial,
-                                                          const std::optional<Tensor>& parameters,
-                                                          const std::optional<Tensor>& lengths, int64_t steps,
-                                                          int64_t time_dim, bool constant, const std::string& neuron, const std::optional<Tensor>& numbers, int64_t potentials, bool return_output, bool return_final, bool save_states) {
+                          const std::optional<Tensor>& parameters, const std::optional<Tensor>& lengths, int64_t steps,
+                          int64_t time_dim, bool constant, const std::string& neuron,
+                          const std::optional<Tensor>& numbers, int64_t potentials, bool return_output,
+                          bool return_final, bool save_states) {
   const NeuronCall call(x, initial, parameters, lengths, steps, time_dim, constant, neuron, numbers, potentials);
   const int64_t saved = save_states ? (steps - 1) / Device::kChunk : 0;
   const Tensor output = call.result(steps, call.type, return_output);
@@ -180,10 +181,12 @@ NeuronOutputs run_forward(const Tensor& x, const std::optional<Tensor>& initial,
 
 // -> all of that; what is not asked for is empty.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_forward(
-    const Tensor& x, const std::optional<Tensor>& initial, const std::optional<Tensor>& parameters,
-    const std::optional<Tensor>& lengths, int64_t steps, int64_t time_dim, bool constant, std::string neuron,
-    const std::optional<Tensor>& numbers, int64_t potentials, bool return_output, bool return_final, bool save_states) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_forward(const Tensor& x, const std::optional<Tensor>& initial,
+                                                          const std::optional<Tensor>& parameters,
+                                                          const std::optional<Tensor>& lengths, int64_t steps,
+                                                          int64_t time_dim, bool constant, std::string neuron,
+                                                          const std::optional<Tensor>& numbers, int64_t potentials,
+                                                          bool return_output, bool return_final, bool save_states) {
   const NeuronOutputs of = run_forward<Device>(x, initial, parameters, lengths, steps, time_dim, constant, neuron,
                                                numbers, potentials, return_output, return_final, save_states);
   return {of.output, of.final_state, of.potentials ? *of.potentials : no_output(state_type(x.scalar_type()), x),
@@ -197,12 +200,13 @@ struct NeuronGradients {
 };
 
 template <class Device>
-NeuronGradients run_backward(
-    const std::optional<Tensor>& grad_output, const std::optional<Tensor>& grad_final,
-    const std::optional<Tensor>& grad_potentials, const Tensor& x, const std::optional<Tensor>& initial,
-    const std::optional<Tensor>& parameters, const std::optional<Tensor>& lengths, const Tensor& states, int64_t steps,
-    int64_t time_dim, bool constant, const std::string& neuron, const std::optional<Tensor>& numbers, int64_t potentials,
-    bool return_grad_initial, bool return_grad_parameters) {
+NeuronGradients run_backward(const std::optional<Tensor>& grad_output, const std::optional<Tensor>& grad_final,
+                             const std::optional<Tensor>& grad_potentials, const Tensor& x,
+                             const std::optional<Tensor>& initial, const std::optional<Tensor>& parameters,
+                             const std::optional<Tensor>& lengths, const Tensor& states, int64_t steps,
+                             int64_t time_dim, bool constant, const std::string& neuron,
+                             const std::optional<Tensor>& numbers, int64_t potentials, bool return_grad_initial,
+                             bool return_grad_parameters) {
   const NeuronCall call(x, initial, parameters, lengths, steps, time_dim, constant, neuron, numbers, potentials);
   check(!grad_potentials || potentials != 0, "grad_potentials needs potentials to be 1 or 2");
   const std::optional<Tensor> grad = call.fitting("grad_output", grad_output, steps, call.type);
@@ -212,11 +216,10 @@ NeuronGradients run_backward(
   const int64_t saved = (steps - 1) / Device::kChunk;
   if (saved) {
     const bool anew = states.numel() == 0;
-    const Tensor& known =
-        anew ? run_forward<Device>(x, initial, parameters, lengths, steps, time_dim, constant, neuron, numbers, potentials,
-                                   true, false, true)
-                   .states
-             : states;
+    const Tensor& known = anew ? run_forward<Device>(x, initial, parameters, lengths, steps, time_dim, constant, neuron,
+                                                     numbers, potentials, true, false, true)
+                                     .states
+                               : states;
     kept = call.fitting("states", known, saved, call.state);
   }
   check(!return_grad_parameters || parameters, "there are no parameters to return the gradient of");
@@ -276,8 +279,8 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor> eager_neuron_forward(const Tensor& x, const std::optional<Tensor>& initial,
                                                         int64_t steps, int64_t time_dim, std::string neuron,
                                                         bool return_final, bool save_states) {
-  const NeuronOutputs of = run_forward<Device>(x, initial, {}, {}, steps, time_dim, false, neuron, {}, 0, true,
-                                               return_final, save_states);
+  const NeuronOutputs of =
+      run_forward<Device>(x, initial, {}, {}, steps, time_dim, false, neuron, {}, 0, true, return_final, save_states);
   return {of.output, of.final_state, of.states};
 }
 
