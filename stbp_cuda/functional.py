@@ -152,8 +152,8 @@ def lif(
             differentiable: for ``torch.autograd.gradcheck``. The fused kernels have it for float64 only.
         steps: the number of time steps T where time and batch share the first dimension; None where the first dimension
             is T.
-        time_dim: the dimension of time, with ``x [B, T, ...]`` 1. 0 and 1 are as fast as each other; any other is
-            copied.
+        time_dim: the dimension of time, with ``x [B, T, ...]`` 1. Time in dimension 0 or 1 is read as it is; in any
+            other ``x`` is copied.
         constant: ``x`` is ``[B, ...]``, the same current at each of ``steps`` steps; it is read once. The spikes are
             ``[T, B, ...]``.
         lengths: ``[B]`` integers from 0 to T: past its end a sample has no spikes and potentials of 0 in
