@@ -301,23 +301,20 @@ def _run_plain(x: Tensor, call: Call, initial: Any, return_potential: bool) -> T
     return output, potential if folded else potential.squeeze(0)
 
 
-def _traced(x: Tensor, call: Call, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    initial, parameters, lengths, steps, time_dim, constant, potentials, return_output, return_final = arguments
+def _traced(
+    x: Tensor,
+    call: Call,
+    initial: Tensor | None,
+    parameters: Tensor | None,
+    lengths: Tensor | None,
+    steps: int,
+    time_dim: int,
+    constant: bool,
+    *asked: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     numbers, kind = call.neuron.split()
     outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.stbp_cuda.neuron(
-        x,
-        initial,
-        parameters,
-        lengths,
-        steps,
-        time_dim,
-        constant,
-        numbers,
-        kind,
-        potentials,
-        return_output,
-        return_final,
-        ops.VERSION,
+        x, initial, parameters, lengths, steps, time_dim, constant, numbers, kind, *asked, ops.VERSION
     )
     return outputs
 

@@ -193,7 +193,7 @@ class NeuronLayer(ConstantsLayer):
         return self._call or self._check()
 
     def _parameters_given(self) -> dict[str, Any]:
-        if not self._has_tensors and "learned" not in self._modules:  # first, as each call asks
+        if not (self._has_tensors or self._learns_by_itself or "learned" in self._modules):  # first, as each call asks
             return self._given
         given = {**self._given, **self.values()}
         # A soft reset subtracts the threshold, unless it is told what.
@@ -238,6 +238,7 @@ class NeuronLayer(ConstantsLayer):
                 self._call = None
 
     _more_options: ClassVar[tuple[str, ...]] = ()  # attributes of a subclass that are checked, too
+    _learns_by_itself: ClassVar[bool] = False  # whether a subclass adds to values()
 
     def extra_repr(self) -> str:
         shown = []
@@ -402,6 +403,8 @@ class PLIFLayer(LIFLayer):
         TypeError, ValueError: an option is not one of those accepted.
     """
 
+    _learns_by_itself = True
+
     def __init__(
         self,
         init_tau: float = 2.0,
@@ -421,9 +424,6 @@ class PLIFLayer(LIFLayer):
     def values(self) -> dict[str, Tensor]:
         k = self.w.double().sigmoid()
         return {**super().values(), "decay": 1 - k, "scale": k}
-
-    def _parameters_given(self) -> dict[str, Any]:
-        return {**super()._parameters_given(), **self.values()}
 
     def _constants(self) -> dict[str, Any]:
         return {option: value for option, value in super()._constants().items() if option not in ("decay", "scale")}

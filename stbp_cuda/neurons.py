@@ -35,7 +35,6 @@ class Neuron:
 
     kind: ClassVar[str]
     parameters: ClassVar[tuple[str, ...]]  # fields that may be tensors, in the order of the kernels
-    has_reset: ClassVar[bool] = True  # whether potentials before and after it differ
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -202,7 +201,6 @@ class LI(Neuron):
 
     kind: ClassVar[str] = "li"
     parameters: ClassVar[tuple[str, ...]] = ("decay",)
-    has_reset: ClassVar[bool] = False
 
     decay: float = 0.25
 

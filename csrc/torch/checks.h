@@ -68,7 +68,6 @@ inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes
 struct InputShape {
   std::vector<int64_t> sizes;
   int64_t steps, time_dim;
-  bool input_fits;  // false: the input is to be copied to input_strides() first
 
   InputShape(const Tensor& x, int64_t steps_, int64_t time_dim_, bool constant_)
       : sizes(sizes_of(x)), steps(steps_), time_dim(time_dim_), strides_(strides_of(x)), constant_(constant_) {
@@ -87,8 +86,7 @@ struct InputShape {
     neurons_ = 1;
     for (int64_t size : sizes) neurons_ *= size;
     neurons_ /= steps;
-    input_fits = is_dense();
-    if (!input_fits) strides_ = contiguous_strides(sizes);
+    if (!is_dense()) make_contiguous();
   }
 
   Layout layout() const {
@@ -142,11 +140,8 @@ struct InputShape {
         return false;
     return true;
   }
-  // Take a contiguous copy of the input instead.
-  void make_contiguous() {
-    input_fits = input_fits && strides_ == contiguous_strides(sizes);
-    strides_ = contiguous_strides(sizes);
-  }
+  // Take a contiguous copy of the input instead, if it is not contiguous.
+  void make_contiguous() { strides_ = contiguous_strides(sizes); }
 
  private:
   // Elements fill their memory without gaps or overlaps, and one step of the batch, or of a sample, lies before the

@@ -217,7 +217,7 @@ NeuronGradients run_backward(const std::optional<Tensor>& grad_output, const std
   if (saved) {
     const bool anew = states.numel() == 0;
     const Tensor& known = anew ? run_forward<Device>(x, initial, parameters, lengths, steps, time_dim, constant, neuron,
-                                                     numbers, potentials, true, false, true)
+                                                     numbers, 0, true, false, true)
                                      .states
                                : states;
     kept = call.fitting("states", known, saved, call.state);
