@@ -17,7 +17,8 @@
 // those objects could run AVX-512 code on a machine that has none.
 #define STBP_FN inline __attribute__((always_inline))
 #endif
-#define STBP_HOST_FN inline __attribute__((always_inline))
+#define STBP_INLINE __attribute__((always_inline))
+#define STBP_HOST_FN inline STBP_INLINE
 
 namespace stbp {
 
@@ -52,6 +53,7 @@ struct MathOfNumber {
   static STBP_FN bool less(V a, V b) { return a < b; }
   static STBP_FN V choose(bool condition, V yes, V no) { return condition ? yes : no; }
   static STBP_FN V zero_times_plus(V a, V b) { return a * V(0) + b; }
+  static STBP_FN V plus_product(V sum, V a, V b) { return sum + a * b; }
 };
 
 template <>

@@ -6,6 +6,9 @@
 // tile once, and adds up their gradients over its tiles.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "../core/io.h"
 #include "../neurons/registry.h"
 #include "lanes.h"
@@ -14,97 +17,152 @@
 namespace stbp::cpu::STBP_ISA {
 namespace {
 
-// The tiles of a task, and the numbers beside their neurons.
-template <class Lanes, class Neuron>
+// Neighbouring neurons and the numbers beside them. In a uniform tile all neurons have the same, which then stay in
+// registers. A lean one has what most calls have: scale and shift that do not change with time, an input of its own for
+// each step, and no potentials as an output; what its functions then tell the compiler leaves no trace in the loops.
+template <class Lanes, class Neuron, bool kUniform, bool kLean>
 struct GeneralTile {
   using Value = typename Lanes::Value;
   using State = typename Neuron::State;
-  static constexpr int kOwn = Neuron::kParameters;
+  using Values = decltype(std::declval<Neuron>().values(std::declval<const Value (&)[Neuron::kParameters]>()));
+  static constexpr int kOwn = Neuron::kParameters, kAll = kOwn + 2, kWidth = Lanes::kWidth;
+  // Vectors that are computed side by side. The steps of one wait for each other.
+  static constexpr int kPair = kWidth > 1 ? 2 : 1;
+  // Steps at once, where that is worth compiling more.
+  static constexpr int kSteps = kLean ? 4 : 1;
 
   const Neuron& neuron;
+  const Extras<State>& extras;
   Lanes lanes;
   const State* parameters;  // [P, R, stride]
   int64_t rows, stride;     // R
-  bool affine, past_caches;
+  bool past_caches;
+  Values uniform;
+  Value scale, shift;
 
-  STBP_FN auto values(int i) const {
+  STBP_FN GeneralTile(const Neuron& of, const Extras<State>& beside, Lanes group, const State* numbers,
+                      int64_t row_count, int64_t row_stride, bool streams)
+      : neuron(of),
+        extras(beside),
+        lanes(group),
+        parameters(numbers),
+        rows(row_count),
+        stride(row_stride),
+        past_caches(streams) {
+    if (kUniform) {
+      Value own[kOwn];
+      for (int p = 0; p < kOwn; ++p) own[p] = broadcast<Value>(parameters[p]);
+      uniform = neuron.values(own);
+      scale = broadcast<Value>(parameters[kOwn]);
+      shift = broadcast<Value>(parameters[kOwn + 1]);
+    }
+  }
+
+  STBP_FN int width() const { return lanes.width(); }
+  // Of all vectors, and of one more where they are taken in pairs: the last again.
+  STBP_FN void load_state(Value* v, const State* from) const {
+    for (int i = 0; i < (width() + kPair - 1) / kPair * kPair; ++i) v[i] = from ? get(from, i) : Value{};
+  }
+  STBP_FN bool by_step() const { return !kLean && rows > 1; }
+  STBP_FN bool constant() const { return !kLean && extras.constant; }
+  STBP_FN bool has_potentials() const { return !kLean && extras.potentials; }
+  STBP_FN int64_t steps(const Layout& layout, int64_t first) const { return extras.steps(layout, first); }
+
+  STBP_FN Values values(int i) const {
+    if (kUniform) return uniform;
     Value own[kOwn];
-    for (int p = 0; p < kOwn; ++p) own[p] = lanes.read(parameters + p * rows * stride).get(i);
+    for (int p = 0; p < kOwn; ++p) own[p] = get(parameters + p * rows * stride, i);
     return neuron.values(own);
   }
   // Scale (0) or shift (1) of step t.
   STBP_FN Value of_current(int which, int64_t t, int i) const {
-    return lanes.read(parameters + ((kOwn + which) * rows + (rows > 1 ? t : 0)) * stride).get(i);
+    if (kUniform) return which == 0 ? scale : shift;
+    return get(parameters + ((kOwn + which) * rows + (by_step() ? t : 0)) * stride, i);
   }
-  STBP_FN Value current(Value x, int64_t t, int i) const {
-    return affine ? of_current(0, t, i) * x + of_current(1, t, i) : x;
-  }
+  STBP_FN Value current(Value x, int64_t t, int i) const { return of_current(0, t, i) * x + of_current(1, t, i); }
   template <class T>
-  STBP_FN void set(T* row, int i, Value value) const {
-    auto to = lanes.write(row);
+  STBP_FN Value get(const T* row, int i) const {
+    return lanes.get(row + lanes.offset(i));
+  }
+  // The i-th vector of kSteps rows that are `between` apart.
+  template <int kSteps, class T>
+  STBP_FN void get(const T* row, int64_t between, int i, Value (&values)[kSteps]) const {
+    const T* const at = row + lanes.offset(i);
+    STBP_STEP_LOOP
+    for (int k = 0; k < kSteps; ++k) values[k] = lanes.get(at + k * between);
+  }
+  template <int kSteps, class T, class Narrow>
+  STBP_FN void set(T* row, int64_t between, int i, const Value (&values)[kSteps], const Narrow& narrowed) const {
+    T* const at = row + lanes.offset(i);
     if constexpr (Lanes::kStateInMemory) {
-      if (past_caches) return stream(to.place(i), narrow(value, T()));
+      if (past_caches) {
+        STBP_STEP_LOOP
+        for (int k = 0; k < kSteps; ++k) stream(at + k * between, narrowed(values[k]));
+        return;
+      }
     }
-    to.set(i, value);
+    STBP_STEP_LOOP
+    for (int k = 0; k < kSteps; ++k) lanes.put(at + k * between, narrowed(values[k]));
   }
-  template <class T>
-  STBP_FN void set_output(T* row, int i, Value value) const {
-    auto to = lanes.write(row);
-    if constexpr (Lanes::kStateInMemory && Neuron::kBinary) {
-      if (past_caches) return stream(to.place(i), narrow_spike(value, T()));
-      return to.set_spike(i, value);
+  template <int kSteps, class T>
+  STBP_FN void set(T* row, int64_t between, int i, const Value (&values)[kSteps]) const {
+    set(row, between, i, values, [](Value value) { return narrow(value, T()); });
+  }
+  template <int kSteps, class T>
+  STBP_FN void set_output(T* row, int64_t between, int i, const Value (&values)[kSteps]) const {
+    if constexpr (Neuron::kBinary) {
+      set(row, between, i, values, [](Value value) { return narrow_spike(value, T()); });
+    } else {
+      set(row, between, i, values);
     }
-    set(row, i, value);
+  }
+  template <class Row, int kSteps>
+  STBP_FN void derivatives_of(const Row* rows, Value (&h)[kSteps][kWidth]) const {
+    const auto at = [&](int i) { return values(i); };
+    neuron.template derivatives_of<kUniform>(at, rows->u, sizeof(Row) / sizeof(Value), h[0], kWidth, kSteps,
+                                             (width() + kPair - 1) / kPair * kPair);
   }
   template <class T>
   STBP_FN void clear(T* row) const {
-    for (int i = 0; i < lanes.width(); ++i) lanes.write(row).set(i, Value{});
+    for (int i = 0; i < width(); ++i) lanes.write(row).set(i, Value{});
   }
 };
 
 template <int kSteps, class Tile, class Scalar, class Value>
-STBP_FN void general_advance(const Tile& tile, const NeuronForward<Scalar>& io,
-                             const Extras<typename Tile::State>& extras, int64_t first, int64_t t, Value* v) {
+STBP_FN void general_advance(const Tile& tile, const NeuronForward<Scalar>& io, int64_t first, int64_t t, Value* v) {
   const int64_t inner = io.layout.inner, at = io.layout.at(first, io.layout.steps) + t * inner;
-  const Scalar* const x = io.x + (extras.constant ? first : at);
-  const int64_t stride = extras.constant ? 0 : inner;
-  for (int i = 0; i < tile.lanes.width(); ++i) {
+  const Scalar* const x = io.x + (tile.constant() ? first : at);
+  const int64_t stride = tile.constant() ? 0 : inner;
+  Scalar* const to = io.output ? io.output + at : nullptr;
+  for (int i = 0; i < tile.width(); ++i) {
     const auto values = tile.values(i);
     Value current[kSteps], output[kSteps];
-    STBP_STEP_LOOP
-    for (int k = 0; k < kSteps; ++k) current[k] = tile.lanes.read(x + k * stride).get(i);
+    tile.get(x, stride, i, current);
     Value potential = v[i];
     STBP_STEP_LOOP
     for (int k = 0; k < kSteps; ++k) {
       const Value u = tile.neuron.step(values, potential, tile.current(current[k], t + k, i), output[k]);
-      current[k] = extras.after_reset ? potential : u;
+      current[k] = tile.extras.after_reset ? potential : u;
     }
     v[i] = potential;
-    if (io.output) {
-      STBP_STEP_LOOP
-      for (int k = 0; k < kSteps; ++k) tile.set_output(io.output + at + k * inner, i, output[k]);
-    }
-    if (extras.potentials) {
-      STBP_STEP_LOOP
-      for (int k = 0; k < kSteps; ++k) tile.set(extras.potentials + at + k * inner, i, current[k]);
-    }
+    if (to) tile.set_output(to, inner, i, output);
+    if (tile.has_potentials()) tile.set(tile.extras.potentials + at, inner, i, current);
   }
 }
 
 template <class Tile, class Scalar>
-STBP_FN void general_forward_scan(const Tile& tile, const NeuronForward<Scalar>& io,
-                                  const Extras<typename Tile::State>& extras, int64_t first) {
-  constexpr int kChunk = cpu::kChunk, kSteps = 4;
-  typename Tile::Value v[decltype(tile.lanes)::kWidth];
+STBP_FN void general_forward_scan(const Tile& tile, const NeuronForward<Scalar>& io, int64_t first) {
+  constexpr int kChunk = cpu::kChunk, kSteps = Tile::kSteps;
+  typename Tile::Value v[Tile::kWidth];
   load_state(tile.lanes, v, io.initial ? io.initial + first : nullptr);
-  const int64_t steps = extras.steps(io.layout, first), inner = io.layout.inner;
+  const int64_t steps = tile.steps(io.layout, first), inner = io.layout.inner;
   const int64_t saved = (io.layout.steps - 1) / kChunk, states = io.layout.at(first, saved);
   for (int64_t t = 0; t < steps;) {
     if (steps - t >= kSteps) {
-      general_advance<kSteps>(tile, io, extras, first, t, v);
+      general_advance<kSteps>(tile, io, first, t, v);
       t += kSteps;
     } else {
-      general_advance<1>(tile, io, extras, first, t++, v);
+      general_advance<1>(tile, io, first, t++, v);
     }
     if (io.states && t % kChunk == 0 && t / kChunk <= saved)
       store_state(tile.lanes, io.states + states + (t / kChunk - 1) * inner, v);
@@ -112,153 +170,224 @@ STBP_FN void general_forward_scan(const Tile& tile, const NeuronForward<Scalar>&
   const int64_t at = io.layout.at(first, io.layout.steps);
   for (int64_t t = steps; t < io.layout.steps; ++t) {
     if (io.output) tile.clear(io.output + at + t * inner);
-    if (extras.potentials) tile.clear(extras.potentials + at + t * inner);
+    if (tile.has_potentials()) tile.clear(tile.extras.potentials + at + t * inner);
   }
   for (int64_t row = steps / kChunk; io.states && row < saved; ++row)
     store_state(tile.lanes, io.states + states + row * inner, v);
   if (io.final_state) store_state(tile.lanes, io.final_state + first, v);
 }
 
-// The gradients of parameters beside each neuron of a tile.
-template <class Value>
-struct GradientRows {
-  Value* few;  // [P, R, width] sums over a few dozen steps, or null
+// The gradients of a tile's parameters: all of them while vectors go back some steps, from begin() to end(), and with
+// add() those that change with time. In a uniform tile they stay in registers.
+template <class Tile>
+struct UniformSums {
+  using Value = typename Tile::Value;
+  using Bits = typename Math<Value>::Bits;
+  static constexpr int kAll = Tile::kAll, kPair = Tile::kPair;
+  Value total[kPair][kAll];
+
+  STBP_FN UniformSums() { clear(); }
+  STBP_FN void clear() {
+    for (int j = 0; j < kPair; ++j)
+      for (int p = 0; p < kAll; ++p) total[j][p] = Value{};
+  }
+  STBP_FN void begin(Value (&of)[kPair][kAll]) const {
+    for (int j = 0; j < kPair; ++j)
+      for (int p = 0; p < kAll; ++p) of[j][p] = total[j][p];
+  }
+  // What a vector shares with the one before is not counted again.
+  STBP_FN void end(const Tile& tile, int i, const Value (&of)[kPair][kAll]) {
+    if (i > 0 && i + kPair < tile.width()) {
+      for (int j = 0; j < kPair; ++j)
+        for (int p = 0; p < kAll; ++p) total[j][p] = of[j][p];
+      return;
+    }
+    for (int j = 0; j < kPair; ++j) {
+      const Bits counted = lanes_from<Bits>(i + j > 0 ? tile.lanes.shared(i + j) : 0);
+      for (int p = 0; p < kAll; ++p)
+        total[j][p] = bit_cast<Value>((bit_cast<Bits>(of[j][p]) & counted) | (bit_cast<Bits>(total[j][p]) & ~counted));
+    }
+  }
+  STBP_FN void add(int, int64_t, int, Value) {}
+  STBP_FN Value sum(int parameter) const {
+    return kPair > 1 ? total[0][parameter] + total[kPair - 1][parameter] : total[0][parameter];
+  }
+};
+
+// Elsewhere each neuron of a tile has its own, [P, R, width] vectors.
+template <class Tile>
+struct SumsBesideNeurons {
+  using Value = typename Tile::Value;
+  static constexpr int kAll = Tile::kAll, kPair = Tile::kPair;
+  Value* few;
   int64_t rows, width;
 
-  STBP_FN void add(int parameter, int64_t t, int i, Value gradient) const {
-    Value& sum = few[(parameter * rows + (rows > 1 ? t : 0)) * width + i];
+  STBP_FN void begin(Value (&of)[kPair][kAll]) const {
+    for (int j = 0; j < kPair; ++j)
+      for (int p = 0; p < kAll; ++p) of[j][p] = Value{};
+  }
+  STBP_FN void end(const Tile&, int i, const Value (&of)[kPair][kAll]) {
+    for (int j = 0; j < kPair; ++j)
+      for (int p = 0; p < kAll; ++p) add(p, 0, i + j, of[j][p]);
+  }
+  STBP_FN void add(int parameter, int64_t t, int i, Value gradient) {
+    Value& sum = few[(parameter * rows + t) * width + i];
     sum = sum + gradient;
   }
 };
 
-// kSteps steps back of all neurons. Their potentials were computed before, or are here, from the state before them in
-// `v`: then they never leave the registers.
-template <int kSteps, bool kTurn, class Tile, class Scalar, class Value>
-STBP_FN void general_go_back(const Tile& tile, const NeuronBackward<Scalar>& io,
-                             const Extras<typename Tile::State>& extras, const GradientRows<Value>& gradients,
-                             int64_t first, int64_t t, const Value* v, const Value (*us)[decltype(tile.lanes)::kWidth],
-                             const Value (*befores)[decltype(tile.lanes)::kWidth], Value* grad_v, Value* grad_sum) {
-  constexpr int kOwn = Tile::kOwn;
+// What the way back needs of each step of a chunk and each vector of a tile: u[t] and v[t-1].
+template <class Value, int kWidth>
+struct ChunkOfStates {
+  struct Row {
+    Value u[kWidth], before[kWidth];
+  };
+  Row row[cpu::kChunk];
+};
+
+template <int kSteps, class Tile, class Scalar, class Value, int kWidth>
+STBP_FN void general_recompute(const Tile& tile, const NeuronBackward<Scalar>& io, int64_t first, int64_t t, Value* v,
+                               ChunkOfStates<Value, kWidth>& of, int at_step) {
   const int64_t inner = io.layout.inner, at = io.layout.at(first, io.layout.steps) + t * inner;
-  const Scalar* const currents = io.x + (extras.constant ? first : at);
-  const int64_t stride = extras.constant ? 0 : inner;
-  const bool needs_x = kTurn || (tile.affine && gradients.few);
-  for (int i = 0; i < tile.lanes.width(); ++i) {
-    const auto values = tile.values(i);
-    Value x[kSteps] = {}, gradient[kSteps] = {}, u[kSteps], before[kSteps], h[kSteps] = {};
-    Value own[kOwn] = {}, grad_scale{}, grad_shift{};
-    if (needs_x) {
-      STBP_STEP_LOOP
-      for (int k = 0; k < kSteps; ++k) x[k] = tile.lanes.read(currents + k * stride).get(i);
+  const Scalar* const x = io.x + (tile.constant() ? first : at);
+  const int64_t stride = tile.constant() ? 0 : inner;
+  constexpr int kPair = Tile::kPair;
+  for (int i = 0; i < tile.width(); i += kPair) {
+    typename Tile::Values values[kPair];
+    Value current[kPair][kSteps], before[kPair][kSteps], potential[kPair], unused;
+    for (int j = 0; j < kPair; ++j) {
+      values[j] = tile.values(i + j);
+      tile.get(x, stride, i + j, current[j]);
+      potential[j] = v[i + j];
     }
-    if (io.grad_output) {
-      STBP_STEP_LOOP
-      for (int k = 0; k < kSteps; ++k) gradient[k] = tile.lanes.read(io.grad_output + at + k * inner).get(i);
-    }
-    Value potential = kTurn ? v[i] : Value{};
     STBP_STEP_LOOP
-    for (int k = 0; k < kSteps; ++k) {
-      before[k] = kTurn ? potential : befores[k][i];
-      Value unused;
-      u[k] = kTurn ? tile.neuron.step(values, potential, tile.current(x[k], t + k, i), unused) : us[k][i];
-    }
-    tile.neuron.derivatives_at(values, u, h);
-    Value carried = grad_v[i];
-    STBP_STEP_LOOP
-    for (int k = kSteps - 1; k >= 0; --k) {
-      Value beside{};
-      if (extras.potentials) {
-        const Value direct = tile.lanes.read(extras.potentials + at + k * inner).get(i);
-        if (extras.after_reset) {
-          carried = carried + direct;
-        } else {
-          beside = direct;
-        }
+    for (int k = 0; k < kSteps; ++k)
+      for (int j = 0; j < kPair; ++j) {
+        before[j][k] = potential[j];
+        current[j][k] = tile.neuron.step(values[j], potential[j], tile.current(current[j][k], t + k, i + j), unused);
       }
-      const Value grad_i = tile.neuron.step_back(values, before[k], u[k], h[k], gradient[k], beside, carried, own);
-      gradient[k] = tile.affine ? grad_i * tile.of_current(0, t + k, i) : grad_i;
-      if (tile.rows > 1 && gradients.few) {
-        gradients.add(kOwn, t + k, i, grad_i * x[k]);
-        gradients.add(kOwn + 1, t + k, i, grad_i);
-      } else {
-        grad_scale = grad_scale + grad_i * x[k];
-        grad_shift = grad_shift + grad_i;
-      }
-    }
-    grad_v[i] = carried;
-    if (gradients.few) {
-      for (int p = 0; p < kOwn; ++p) {
-        if (tile.neuron.learns(p)) gradients.add(p, 0, i, own[p]);
-      }
-      if (tile.affine && tile.rows == 1) {
-        gradients.add(kOwn, 0, i, grad_scale);
-        gradients.add(kOwn + 1, 0, i, grad_shift);
-      }
-    }
-    if (extras.constant) {
+    for (int j = 0; j < kPair; ++j) {
+      v[i + j] = potential[j];
       STBP_STEP_LOOP
-      for (int k = kSteps - 1; k >= 0; --k) grad_sum[i] = grad_sum[i] + gradient[k];
-    } else {
-      STBP_STEP_LOOP
-      for (int k = 0; k < kSteps; ++k) tile.set(io.grad_x + at + k * inner, i, gradient[k]);
+      for (int k = 0; k < kSteps; ++k) {
+        of.row[at_step + k].u[i + j] = current[j][k];
+        of.row[at_step + k].before[i + j] = before[j][k];
+      }
     }
   }
 }
 
-template <class Tile, class Scalar, class Value = typename Tile::Value>
-STBP_FN void general_backward_scan(const Tile& tile, const NeuronBackward<Scalar>& io,
-                                   const Extras<typename Tile::State>& extras, const GradientRows<Value>& gradients,
-                                   int64_t first) {
-  constexpr int kChunk = cpu::kChunk, kSteps = 4, kWidth = decltype(tile.lanes)::kWidth;
-  Value v[kWidth], grad_v[kWidth], grad_sum[kWidth] = {}, us[kChunk][kWidth], befores[kChunk][kWidth];
-  const auto& lanes = tile.lanes;
+// kSteps steps back of all neurons.
+template <int kSteps, class Tile, class Scalar, class Value, int kWidth, class Sums>
+STBP_FN void general_go_back(const Tile& tile, const NeuronBackward<Scalar>& io, Sums& to, int64_t first, int64_t t,
+                             const ChunkOfStates<Value, kWidth>& of, int at_step, Value* grad_v, Value* grad_sum) {
+  constexpr int kOwn = Tile::kOwn;
+  const int64_t inner = io.layout.inner, at = io.layout.at(first, io.layout.steps) + t * inner;
+  const Scalar* const currents = io.x + (tile.constant() ? first : at);
+  const int64_t stride = tile.constant() ? 0 : inner;
+  const Scalar* const grad_output = io.grad_output ? io.grad_output + at : nullptr;
+  Value h[kSteps][kWidth];
+  tile.derivatives_of(of.row + at_step, h);
+  const auto* const row = of.row + at_step;
+  constexpr int kPair = Tile::kPair;
+  Sums sums = to;
+  for (int i = 0; i < tile.width(); i += kPair) {
+    typename Tile::Values values[kPair];
+    Value gradient[kPair][kSteps] = {}, carried[kPair], total[kPair][Tile::kAll];
+    sums.begin(total);
+    for (int j = 0; j < kPair; ++j) {
+      values[j] = tile.values(i + j);
+      carried[j] = grad_v[i + j];
+      if (grad_output) tile.get(grad_output, inner, i + j, gradient[j]);
+    }
+    STBP_STEP_LOOP
+    for (int k = kSteps - 1; k >= 0; --k)
+      for (int j = 0; j < kPair; ++j) {
+        Value beside = -Value{};
+        if (tile.has_potentials()) {
+          const Value direct = tile.get(tile.extras.potentials + at + k * inner, i + j);
+          if (tile.extras.after_reset) {
+            carried[j] = carried[j] + direct;
+          } else {
+            beside = direct;
+          }
+        }
+        const Value grad_i = tile.neuron.step_back(values[j], row[k].before[i + j], row[k].u[i + j], h[k][i + j],
+                                                   gradient[j][k], beside, carried[j], total[j]);
+        gradient[j][k] = grad_i * tile.of_current(0, t + k, i + j);
+        const Value x = tile.get(currents + k * stride, i + j);
+        if (tile.by_step()) {
+          sums.add(kOwn, t + k, i + j, grad_i * x);
+          sums.add(kOwn + 1, t + k, i + j, grad_i);
+        } else {
+          total[j][kOwn] = Math<Value>::plus_product(total[j][kOwn], grad_i, x);
+          total[j][kOwn + 1] = total[j][kOwn + 1] + grad_i;
+        }
+      }
+    sums.end(tile, i, total);
+    for (int j = 0; j < kPair; ++j) {
+      grad_v[i + j] = carried[j];
+      if (tile.constant()) {
+        STBP_STEP_LOOP
+        for (int k = kSteps - 1; k >= 0; --k) grad_sum[i + j] = grad_sum[i + j] + gradient[j][k];
+      } else {
+        tile.set(io.grad_x + at, inner, i + j, gradient[j]);
+      }
+    }
+  }
+  to = sums;
+}
+
+template <class Tile, class Scalar, class Sums, class AfterSteps>
+STBP_FN void general_backward_scan(const Tile& tile, const NeuronBackward<Scalar>& io, Sums& sums, int64_t first,
+                                   const AfterSteps& after_steps) {
+  using Value = typename Tile::Value;
+  constexpr int kChunk = cpu::kChunk, kSteps = Tile::kSteps, kWidth = Tile::kWidth;
+  Value v[kWidth], grad_v[kWidth], grad_sum[kWidth];
+  ChunkOfStates<Value, kWidth> of;
   const int64_t inner = io.layout.inner, at = io.layout.at(first, io.layout.steps);
   const int64_t states = io.layout.at(first, (io.layout.steps - 1) / kChunk);
-  const int64_t all = extras.steps(io.layout, first), stride = extras.constant ? 0 : inner;
-  load_state(lanes, grad_v, io.grad_final ? io.grad_final + first : nullptr);
-  for (int64_t t = all; t < io.layout.steps && !extras.constant; ++t) tile.clear(io.grad_x + at + t * inner);
+  const int64_t all = tile.steps(io.layout, first);
+  tile.load_state(grad_v, io.grad_final ? io.grad_final + first : nullptr);
+  if (tile.constant()) tile.load_state(grad_sum, nullptr);
+  for (int64_t t = all; t < io.layout.steps && !tile.constant(); ++t) tile.clear(io.grad_x + at + t * inner);
   for (int64_t chunk = (all - 1 + kChunk) / kChunk - 1; chunk >= 0; --chunk) {
     const int64_t start = chunk * kChunk;
-    const int steps = int(least(all - start, kChunk)), last = steps < kSteps ? 1 : kSteps;
-    load_state(lanes, v,
-               chunk > 0    ? io.states + states + (chunk - 1) * inner
-               : io.initial ? io.initial + first
-                            : nullptr);
-    for (int k = 0; k < steps - last; ++k) {
-      const auto x = lanes.read(io.x + (extras.constant ? first : at) + (start + k) * stride);
-      for (int i = 0; i < lanes.width(); ++i) {
-        Value unused;
-        befores[k][i] = v[i];
-        us[k][i] = tile.neuron.step(tile.values(i), v[i], tile.current(x.get(i), start + k, i), unused);
+    const int steps = int(least(all - start, kChunk));
+    tile.load_state(v, chunk > 0    ? io.states + states + (chunk - 1) * inner
+                       : io.initial ? io.initial + first
+                                    : nullptr);
+    int k = 0;
+    while (k < steps) {
+      if (steps - k >= kSteps) {
+        general_recompute<kSteps>(tile, io, first, start + k, v, of, k);
+        k += kSteps;
+      } else {
+        general_recompute<1>(tile, io, first, start + k, v, of, k);
+        ++k;
       }
-    }
-    int k = steps - last;
-    const auto back = [&](auto count, auto turn) {
-      general_go_back<decltype(count)::value, decltype(turn)::value>(tile, io, extras, gradients, first, start + k, v,
-                                                                     us + k, befores + k, grad_v, grad_sum);
-    };
-    constexpr std::integral_constant<int, 1> one;
-    constexpr std::integral_constant<int, kSteps> several;
-    if (last == 1) {
-      back(one, std::true_type());
-    } else {
-      back(several, std::true_type());
     }
     while (k > 0) {
-      if (k >= kSteps) {
+      if (k % kSteps == 0) {
         k -= kSteps;
-        back(several, std::false_type());
+        general_go_back<kSteps>(tile, io, sums, first, start + k, of, k, grad_v, grad_sum);
+        after_steps(kSteps);
       } else {
         --k;
-        back(one, std::false_type());
+        general_go_back<1>(tile, io, sums, first, start + k, of, k, grad_v, grad_sum);
+        after_steps(1);
       }
     }
   }
-  if (extras.constant) {
-    for (int i = 0; i < lanes.width(); ++i) tile.set(io.grad_x + first, i, grad_sum[i]);
+  if (tile.constant()) {
+    for (int i = 0; i < tile.width(); ++i) tile.lanes.write(io.grad_x + first).set(i, grad_sum[i]);
   }
-  if (io.grad_initial) store_state(lanes, io.grad_initial + first, grad_v);
+  if (io.grad_initial) store_state(tile.lanes, io.grad_initial + first, grad_v);
 }
+
+// The last tile of a row takes what would be less than a vector of any instruction set.
+template <class State>
+using FullTile = Tile<State, kGeneralTile + 128, 1, false>;
 
 // f(n, length, entry) of the runs of neurons [n, n + length) that share an entry, in a tile of `count` neurons that
 // begins at position `from` of a period.
@@ -274,11 +403,22 @@ STBP_FN void each_run(const Extras<State>& extras, int64_t from, int64_t count, 
   }
 }
 
+// Whether a parameter is a constant of the launch, and which.
+template <class State, class Neuron>
+STBP_FN bool is_constant(const Extras<State>& extras, const Neuron&, int which) {
+  return extras.parameters == nullptr || (which >= Neuron::kParameters && !extras.affine);
+}
+template <class Neuron>
+STBP_FN auto constant_parameter(const Neuron& neuron, int which) {
+  using State = typename Neuron::State;
+  return which < Neuron::kParameters ? neuron.parameter(which) : State(which == Neuron::kParameters ? 1 : 0);
+}
+
 // What a task has beside its tiles: a row for every parameter, or several where they change with time.
 template <class Neuron>
 struct TaskRows {
   using State = typename Neuron::State;
-  static constexpr int64_t kStride = kGeneralTile / int64_t(sizeof(State));
+  static constexpr int64_t kStride = (kGeneralTile + 128) / int64_t(sizeof(State));
 
   const Extras<State>& extras;
   int64_t count;      // of rows
@@ -286,8 +426,7 @@ struct TaskRows {
   State* few;         // [count, stride] of vectors, and
   double* all;        // [count, stride]: the gradients beside each neuron
 
-  STBP_FN TaskRows(const Extras<State>& of, bool learned)
-      : extras(of), count((Neuron::kParameters + (of.affine ? 2 : 0)) * (of.parameters ? of.rows : 1)) {
+  STBP_FN TaskRows(const Extras<State>& of, bool learned) : extras(of), count((Neuron::kParameters + 2) * of.rows) {
     char* const memory = static_cast<char*>(
         scratch_memory(size_t(count * kStride) * (learned ? 2 * sizeof(State) + sizeof(double) : sizeof(State))));
     const size_t size = size_t(count * kStride) * sizeof(State);
@@ -299,9 +438,10 @@ struct TaskRows {
   STBP_FN void begin(const Neuron& neuron, int64_t from, int64_t neurons) const {
     for (int64_t row = 0; row < count; ++row) {
       State* const to = parameters + row * kStride;
-      const State* const values = extras.parameters ? extras.parameters + row * extras.count : nullptr;
-      if (values == nullptr) {
-        fill(to, neurons, neuron.parameter(int(row)));
+      const int which = int(row / extras.rows);
+      const State* const values = extras.parameters + row * extras.count;
+      if (is_constant(extras, neuron, which)) {
+        fill(to, neurons, constant_parameter(neuron, which));
       } else if (extras.group == 1 && extras.count > 1) {
         for (int64_t n = 0, entry = from % extras.count; n < neurons; entry = 0) {
           const int64_t length = least(neurons - n, extras.count - entry);
@@ -351,86 +491,167 @@ struct TaskRows {
   }
 };
 
+// What people train with, where they do: compiled more often, to run faster.
+template <class Scalar>
+constexpr bool kOften = (std::is_same_v<Scalar, float> || std::is_same_v<Scalar, BFloat16>) && kVectorBytes > 16;
+
 // run(tile, first, last) of all tiles of a task; `last` of its length in a row.
-template <class Neuron, class Run>
+template <bool kLeanToo, class Neuron, class Run>
 STBP_FN void each_general_tile(const Neuron& neuron, const TaskRows<Neuron>& rows, const GeneralPlan& plan,
-                               int64_t task, bool past_caches, const Run& run) {
+                               int64_t task, const Run& run) {
   using State = typename Neuron::State;
-  using Full = Tile<State, kGeneralTile, 1, false>;
+  using Full = FullTile<State>;
   const auto& extras = rows.extras;
   const int64_t block = task % plan.blocks, group = task / plan.blocks;
   const int64_t end = plan.strands * (group + 1) / plan.groups;
   for (int64_t strand = plan.strands * group / plan.groups; strand < end; ++strand) {
     const int64_t count = plan.count(block, strand);
     const bool last = strand + 1 == end || plan.count(block, strand + 1) != count;
-    const auto with = [&](auto lanes) {
-      run(GeneralTile<decltype(lanes), Neuron>{neuron, lanes, rows.parameters, extras.parameters ? extras.rows : 1,
-                                               rows.kStride, extras.affine, past_caches},
+    const auto with = [&](auto lanes, auto lean) {
+      run(GeneralTile<decltype(lanes), Neuron, false, decltype(lean)::value>(
+              neuron, extras, lanes, rows.parameters, extras.rows, rows.kStride, plan.past_caches),
           plan.first(block, strand), last);
     };
-    if (count >= Full::kLanes) {
-      with(Full{int(count)});
+    if (count < Full::kLanes) {
+      with(Remainder<State>{int(count)}, std::false_type());
+    } else if (kLeanToo && plan.lean) {
+      with(Full{int(count)}, std::bool_constant<kLeanToo>());
     } else {
-      with(Remainder<State>{int(count)});
+      with(Full{int(count)}, std::false_type());
     }
   }
 }
 
-// f(neuron). What people train with gets kernels for each reset; the others choose that, too, while they run, which
-// saves a quarter of the compile time.
+// f(neuron), for uniform tiles. What people train with gets kernels for each reset; the others choose that, too, while
+// they run.
 template <class Scalar, class F>
-STBP_FN void visit_any(const NeuronOptions& options, const F& f) {
+STBP_FN void visit_uniform(const NeuronOptions& options, const F& f) {
   using State = state_t<Scalar>;
-  constexpr bool kOften = (std::is_same_v<Scalar, float> || std::is_same_v<Scalar, BFloat16>) && kVectorBytes > 16;
-  if constexpr (kOften) {
+  if constexpr (kOften<Scalar>) {
     if (const auto* lif = std::get_if<LifOptions>(&options))
-      return visit_any_reset<State>(*lif, AnySurrogateOf<State>(lif->surrogate), f);
+      return visit_common_reset<State>(*lif, AnySurrogateOf<State>(lif->surrogate), f);
   }
   visit_general<Scalar>(options, f);
+}
+
+// run(tile, first) of the uniform tiles of a task, in the order of memory; end_of_run(place) after the last of those
+// that share a channel of a sample, which is the place-th of the task.
+template <class Neuron, class Run, class EndOfRun>
+STBP_FN void each_uniform_tile(const Neuron& neuron, const Extras<typename Neuron::State>& extras,
+                               const GeneralPlan& plan, int64_t task, const Run& run, const EndOfRun& end_of_run) {
+  using State = typename Neuron::State;
+  constexpr int kAll = Neuron::kParameters + 2;
+  const int64_t begin = plan.first_tile(task), end = plan.first_tile(task + 1);
+  int64_t piece = begin % plan.pieces, of = begin / plan.pieces, entry = of % extras.count, place = 0;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    State parameters[kAll];
+    for (int p = 0; p < kAll; ++p)
+      parameters[p] =
+          is_constant(extras, neuron, p) ? constant_parameter(neuron, p) : extras.parameters[p * extras.count + entry];
+    const bool last = piece + 1 == plan.pieces;
+    const int64_t n = of * plan.run + piece * plan.width;
+    const int count = int(last ? plan.run - piece * plan.width : plan.width);
+    run(GeneralTile<FullTile<State>, Neuron, true, true>(neuron, extras, {count, int(n % FullTile<State>::kLanes)},
+                                                         parameters, 1, 1, plan.past_caches),
+        n);
+    if (last || tile + 1 == end) end_of_run(place);
+    ++piece;
+    if (last) {
+      piece = 0;
+      ++of;
+      if (++entry == extras.count) entry = 0;
+      if (++place == extras.count) place = 0;
+    }
+  }
 }
 
 template <class Scalar>
 void general_forward(const NeuronForward<Scalar>& io, const Extras<state_t<Scalar>>& extras,
                      const NeuronOptions& options, const GeneralPlan& plan, int64_t first, int64_t last) {
-  visit_any<Scalar>(options, [&](const auto& neuron) {
+  if (plan.uniform) {
+    visit_uniform<Scalar>(options, [&](const auto& neuron) {
+      for (int64_t task = first; task < last; ++task)
+        each_uniform_tile(
+            neuron, extras, plan, task,
+            [&](const auto& tile, int64_t n) STBP_INLINE { general_forward_scan(tile, io, n); }, [](int64_t) {});
+    });
+  } else {
+    visit_general<Scalar>(options, [&](const auto& neuron) {
+      using Neuron = std::decay_t<decltype(neuron)>;
+      const TaskRows<Neuron> rows(extras, false);
+      for (int64_t task = first; task < last; ++task) {
+        if (task == first || plan.blocks > 1) rows.begin(neuron, task % plan.blocks * plan.width, plan.widest(task));
+        each_general_tile<kOften<Scalar>>(neuron, rows, plan, task, [&](const auto& tile, int64_t n, bool) STBP_INLINE {
+          general_forward_scan(tile, io, n);
+        });
+      }
+    });
+  }
+  if (plan.past_caches) end_of_streams();
+}
+
+template <class Scalar>
+void uniform_backward(const NeuronBackward<Scalar>& io, const Extras<state_t<Scalar>>& extras,
+                      const NeuronOptions& options, const GeneralPlan& plan, int64_t first, int64_t last) {
+  using State = state_t<Scalar>;
+  visit_uniform<Scalar>(options, [&](const auto& neuron) {
     using Neuron = std::decay_t<decltype(neuron)>;
-    const TaskRows<Neuron> rows(extras, false);
+    using Full = FullTile<State>;
+    using Value = typename Full::Value;
+    constexpr int kAll = Neuron::kParameters + 2;
     for (int64_t task = first; task < last; ++task) {
-      if (task == first || plan.blocks > 1) rows.begin(neuron, task % plan.blocks * plan.width, plan.widest(task));
-      each_general_tile(neuron, rows, plan, task, plan.past_caches,
-                        [&](const auto& tile, int64_t n, bool) { general_forward_scan(tile, io, extras, n); });
+      double* const partial = extras.grad_parameters ? extras.partial + task * plan.entries * kAll : nullptr;
+      if (partial) fill(partial, plan.entries * kAll, 0.0);
+      DoublesOf<Value> sums[kAll] = {};
+      each_uniform_tile(
+          neuron, extras, plan, task,
+          [&](const auto& tile, int64_t n) STBP_INLINE {
+            UniformSums<std::decay_t<decltype(tile)>> of_tile;
+            general_backward_scan(tile, io, of_tile, n, [&](int) {
+              for (int p = 0; p < kAll; ++p) add_in_double(sums[p], of_tile.sum(p));
+              of_tile.clear();
+            });
+          },
+          [&](int64_t place) {
+            for (int p = 0; p < kAll; ++p) {
+              if (partial) partial[place * kAll + p] += sum_of(sums[p]);
+              sums[p] = {};
+            }
+          });
     }
   });
-  if (plan.past_caches) end_of_streams();
 }
 
 template <class Scalar>
 void general_backward(const NeuronBackward<Scalar>& io, const Extras<state_t<Scalar>>& extras,
                       const NeuronOptions& options, const GeneralPlan& plan, int64_t first, int64_t last) {
-  visit_any<Scalar>(options, [&](const auto& neuron) {
-    using Neuron = std::decay_t<decltype(neuron)>;
-    const bool learned = extras.grad_parameters != nullptr;
-    const TaskRows<Neuron> rows(extras, learned);
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t from = task % plan.blocks * plan.width;
-      rows.begin(neuron, from, plan.widest(task));
-      int64_t steps = 0;  // that are in the sums of few
-      each_general_tile(neuron, rows, plan, task, plan.past_caches,
-                        [&](const auto& tile, int64_t n, bool last_of_length) {
-                          using Value = typename std::decay_t<decltype(tile)>::Value;
-                          const auto& lanes = tile.lanes;
-                          const GradientRows<Value> gradients{reinterpret_cast<Value*>(rows.few), tile.rows,
-                                                              rows.kStride / lanes.kLanes};
-                          general_backward_scan(tile, io, extras, gradients, n);
-                          steps += io.layout.steps;
-                          if (learned && (steps >= kStepsInFloat || last_of_length)) {
-                            rows.flush(lanes);
-                            steps = 0;
-                          }
-                        });
-      if (learned) rows.sum(from, plan.widest(task), plan.entries, extras.partial + task * plan.entries * rows.count);
-    }
-  });
+  if (plan.uniform) {
+    uniform_backward(io, extras, options, plan, first, last);
+  } else {
+    visit_general<Scalar>(options, [&](const auto& neuron) {
+      using Neuron = std::decay_t<decltype(neuron)>;
+      const bool learned = extras.grad_parameters != nullptr;
+      const TaskRows<Neuron> rows(extras, true);
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t from = task % plan.blocks * plan.width;
+        rows.begin(neuron, from, plan.widest(task));
+        int64_t steps = 0;  // that are in the sums of few
+        each_general_tile<kOften<Scalar>>(
+            neuron, rows, plan, task, [&](const auto& tile, int64_t n, bool last_of_length) STBP_INLINE {
+              using Value = typename std::decay_t<decltype(tile)>::Value;
+              const auto& lanes = tile.lanes;
+              SumsBesideNeurons<std::decay_t<decltype(tile)>> sums{reinterpret_cast<Value*>(rows.few), tile.rows,
+                                                                   rows.kStride / lanes.kLanes};
+              general_backward_scan(tile, io, sums, n, [&](int count) {
+                if ((steps += count) < kStepsInFloat && !last_of_length) return;
+                rows.flush(lanes);
+                steps = 0;
+              });
+            });
+        if (learned) rows.sum(from, plan.widest(task), plan.entries, extras.partial + task * plan.entries * rows.count);
+      }
+    });
+  }
   if (plan.past_caches) end_of_streams();
 }
 

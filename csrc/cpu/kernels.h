@@ -58,22 +58,42 @@ constexpr int kGeneralTileBack = 1024;
 // Over so many steps, and those of one more tile, the gradients of parameters are added up in float32.
 constexpr int64_t kStepsInFloat = 64;
 
-// How the general kernels share out N neurons: into tiles that begin at the same `blocks` places of a period again and
-// again. A period is what the parameters repeat with; short ones are taken together, up to the width of a tile. Where a
-// sample, or a row of the layout, ends, so does a tile. The tiles of one place are `strands`, split into groups: task i
-// is group i / blocks at place i % blocks. All of it follows from the shapes, and so do the sums.
+// How the general kernels share out N neurons. All of it follows from the shapes, and so do the sums.
+//
+// Where many neighbours have the same parameters, a tile lies within such a `run`, in `pieces`, and a task is some
+// tiles one after the other.
+//
+// Elsewhere tiles begin at the same `blocks` places of a period again and again. A period is what the parameters repeat
+// with; short ones are taken together, up to the width of a tile. Where a sample, or a row of the layout, ends, so does
+// a tile. The tiles of one place are `strands`, split into groups: task i is group i / blocks at place i % blocks.
 struct GeneralPlan {
-  int64_t period, width, blocks, cut, tiles_of_cut, strands, groups;
-  int64_t entries;  // of each parameter in a tile, at most
-  bool past_caches;
+  bool lean, uniform, past_caches;
+  int64_t width, cut, run, pieces, tiles;
+  int64_t period, blocks, tiles_of_cut, strands, groups;
+  int64_t entries;  // of each parameter in a task, at most
 
   template <class State>
-  GeneralPlan(const Layout& layout, const Extras<State>& extras, int tile_bytes) {
-    constexpr int64_t kTasks = 64;  // enough for that many threads
+  GeneralPlan(const Layout& layout, const Extras<State>& extras, int tile_bytes) : past_caches(false) {
+    constexpr int64_t kTasks = 64;                           // enough for that many threads
+    constexpr int64_t kLongRun = 128;                        // neurons
+    constexpr int64_t kLeast = 64 / int64_t(sizeof(State));  // a vector of any instruction set
     const int64_t tile = tile_bytes / int64_t(sizeof(State));
-    const int64_t count = extras.parameters ? extras.count : 1, group = extras.parameters ? extras.group : 1;
-    period = count == 1 ? 1 : group * count;
+    const int64_t count = extras.count, group = extras.group;
+    lean = extras.rows == 1 && !extras.constant && extras.potentials == nullptr;
     cut = extras.lengths ? extras.sample : layout.inner;
+    run = count == 1 ? cut : group;
+    uniform = lean && run >= (count == 1 ? kLeast : kLongRun);
+    if (uniform) {
+      width = tile;
+      pieces = (run - kLeast + width) / width;
+      tiles = layout.neurons() / run * pieces;
+      blocks = 1;
+      groups = std::min(tiles, kTasks);
+      strands = tiles;
+      entries = std::min(count, ((tiles + groups - 1) / groups - 1) / pieces + 2);
+      return;
+    }
+    period = count == 1 ? 1 : group * count;
     if (period > tile) {
       width = tile;
       blocks = (period + tile - 1) / tile;
@@ -88,15 +108,34 @@ struct GeneralPlan {
     }
     strands = layout.neurons() / cut * tiles_of_cut;
     groups = std::max<int64_t>(1, std::min(strands, (kTasks + blocks - 1) / blocks));
-    past_caches = false;
   }
 
   int64_t tasks() const { return blocks * groups; }
+  // Whether all tiles begin where streaming stores can, if the tensors do.
+  bool aligned() const { return uniform ? run % kBlock == 0 : width % kBlock == 0 && cut % kBlock == 0; }
+  int64_t first_tile(int64_t task) const { return tiles * task / groups; }
   int64_t first(int64_t block, int64_t strand) const {
     return strand / tiles_of_cut * cut + (blocks > 1 ? block : strand % tiles_of_cut) * width;
   }
   int64_t count(int64_t block, int64_t strand) const {
     return std::min(width, cut - (blocks > 1 ? block : strand % tiles_of_cut) * width);
+  }
+  // f(task, place) of the tasks with neurons of an entry, and where they have their sums for it.
+  template <class F>
+  void each_place(int64_t group, int64_t count, int64_t entry, const F& f) const {
+    if (uniform) {
+      for (int64_t task = 0; task < groups; ++task) {
+        const int64_t first_run = first_tile(task) / pieces, runs = (first_tile(task + 1) - 1) / pieces - first_run + 1;
+        const int64_t place = (entry - first_run % count + count) % count;
+        if (place < runs) f(task, place);
+      }
+      return;
+    }
+    const int64_t start = entry * group, end = start + group;
+    for (int64_t block = blocks > 1 ? start / width : 0; block <= (blocks > 1 ? (end - 1) / width : 0); ++block) {
+      const int64_t place = entry - block * width / group % count;
+      for (int64_t of = 0; of < groups; ++of) f(of * blocks + block, place);
+    }
   }
   // Of the tiles of a task the longest.
   int64_t widest(int64_t task) const { return std::min(width, cut - task % blocks * width); }

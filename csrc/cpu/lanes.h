@@ -24,9 +24,25 @@ struct Tile {
   static constexpr int kStepsAtOnce = kStepsAtOnce_;
   static constexpr bool kStateInMemory = true;
 
-  int count;  // of neurons; at least kLanes
+  int count;     // of neurons; at least kLanes
+  int skew = 0;  // how far the first is from where a vector would be aligned; the second vector is
 
-  STBP_FN int width() const { return (count + kLanes - 1) / kLanes; }
+  STBP_FN int width() const { return (count + skew + kLanes - 1) / kLanes; }
+
+  // Where the i-th vector begins, how many lanes it shares with the one before, and what is there.
+  STBP_FN int64_t offset(int i) const {
+    const int aligned = i * kLanes - skew < 0 ? 0 : i * kLanes - skew;
+    return aligned < count - kLanes ? aligned : count - kLanes;
+  }
+  STBP_FN int shared(int i) const { return int(offset(i - 1) - offset(i)) + kLanes; }
+  template <class T>
+  STBP_FN Value get(const T* at) const {
+    return widen(load<decltype(narrow(Value(), T()))>(at), T());
+  }
+  template <class T, class Stored>
+  STBP_FN void put(T* at, Stored stored) const {
+    memcpy(at, &stored, sizeof(stored));
+  }
 
   template <class T>
   struct Row {
@@ -40,7 +56,6 @@ struct Tile {
     }
     STBP_FN void set(int i, Value value) { store(place(i), narrow(value, T())); }
     STBP_FN void set_spike(int i, Value o) { store(place(i), narrow_spike(o, T())); }
-
     template <class Stored>
     static STBP_FN void store(T* to, Stored stored) {
       if constexpr (kStream) {
@@ -80,33 +95,37 @@ struct Remainder {
 
   STBP_FN int width() const { return 1; }
 
+  STBP_FN int64_t offset(int) const { return 0; }
+  template <class T>
+  STBP_FN Value get(const T* at) const {
+    T lanes[kLanes] = {};
+    for (int i = 0; i < count; ++i) lanes[i] = at[i];
+    return widen(load<decltype(narrow(Value(), T()))>(lanes), T());
+  }
+  template <class T, class Stored>
+  STBP_FN void put(T* at, Stored stored) const {
+    T lanes[kLanes];
+    memcpy(lanes, &stored, sizeof(stored));
+    for (int i = 0; i < count; ++i) at[i] = lanes[i];
+  }
+
   template <class T>
   struct Row {
     T* at;
-    int count;
+    Remainder of;
 
-    STBP_FN Value get(int) const {
-      using Stored = std::remove_const_t<T>;
-      Stored lanes[kLanes] = {};
-      for (int i = 0; i < count; ++i) lanes[i] = at[i];
-      return widen(load<decltype(narrow(Value(), Stored()))>(lanes), Stored());
-    }
-    STBP_FN void set(int, Value value) {
-      T lanes[kLanes];
-      const auto stored = narrow(value, T());
-      memcpy(lanes, &stored, sizeof(stored));
-      for (int i = 0; i < count; ++i) at[i] = lanes[i];
-    }
+    STBP_FN Value get(int) const { return of.get(at); }
+    STBP_FN void set(int, Value value) { of.put(at, narrow(value, T())); }
     STBP_FN void set_spike(int, Value o) { set(0, o); }
   };
 
   template <class T>
   STBP_FN Row<const T> read(const T* from) const {
-    return {from, count};
+    return {from, *this};
   }
   template <class T>
   STBP_FN Row<T> write(T* to) const {
-    return {to, count};
+    return {to, *this};
   }
   template <class T>
   STBP_FN void prefetch(const T*, int) const {}

@@ -69,8 +69,8 @@ struct Cpu {
   static void general_forward(const NeuronForward<Scalar>& io, const Extras<state_t<Scalar>>& extras,
                               const NeuronOptions& options, int) {
     cpu::GeneralPlan plan(io.layout, extras, cpu::kGeneralTile);
-    plan.past_caches = cpu::past_caches(io) && plan.width % cpu::kBlock == 0 && plan.cut % cpu::kBlock == 0 &&
-                       cpu::aligned_for_streams(extras.potentials, io.layout.inner);
+    plan.past_caches =
+        cpu::past_caches(io) && plan.aligned() && cpu::aligned_for_streams(extras.potentials, io.layout.inner);
     run_tasks(plan.tasks(), plan.strands / plan.groups * plan.width * io.layout.steps,
               [&](int64_t first, int64_t last) {
                 kernels<Scalar>().general_forward(io, extras, options, plan, first, last);
@@ -81,7 +81,7 @@ struct Cpu {
   static void general_backward(const NeuronBackward<Scalar>& io, const Extras<state_t<Scalar>>& extras,
                                const NeuronOptions& options, int) {
     cpu::GeneralPlan plan(io.layout, extras, cpu::kGeneralTileBack);
-    plan.past_caches = cpu::past_caches(io) && plan.width % cpu::kBlock == 0 && plan.cut % cpu::kBlock == 0;
+    plan.past_caches = cpu::past_caches(io) && plan.aligned();
     run_tasks(plan.tasks(), plan.strands / plan.groups * plan.width * io.layout.steps,
               [&](int64_t first, int64_t last) {
                 kernels<Scalar>().general_backward(io, extras, options, plan, first, last);
@@ -152,31 +152,25 @@ struct Cpu {
               [&](int64_t first, int64_t last) { range(first * kBlock, std::min(last * kBlock, neurons)); });
   }
 
-  // P * R: the rows of parameters of a neuron.
+  // Of the parameters of a neuron, with or without an affine current.
   template <class State>
   static int64_t rows_of(const Extras<State>& extras, const NeuronOptions& options) {
-    const int64_t own = std::visit([](const auto& of) { return of.kParameters; }, options);
-    return (own + (extras.affine ? 2 : 0)) * extras.rows;
+    return (std::visit([](const auto& of) { return of.kParameters; }, options) + 2) * extras.rows;
   }
 
-  // The sums of all tasks for each entry: of the places where it lies, one after the other, over their groups.
+  // The sums for each entry of all tasks that have some of its neurons, one after the other.
   template <class State>
   static void sum_partial(const Extras<State>& extras, const cpu::GeneralPlan& plan, int64_t rows) {
+    const int64_t wanted = extras.affine ? rows : rows - 2 * extras.rows;
     run_tasks(extras.count, rows * plan.groups * 4, [&](int64_t first_entry, int64_t last_entry) {
-      for (int64_t entry = first_entry; entry < last_entry; ++entry) {
-        const int64_t start = entry * extras.group, end = start + extras.group;
-        const int64_t first = plan.blocks > 1 ? start / plan.width : 0;
-        const int64_t last = plan.blocks > 1 ? (end - 1) / plan.width : 0;
-        for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t entry = first_entry; entry < last_entry; ++entry)
+        for (int64_t row = 0; row < wanted; ++row) {
           double sum = 0;
-          for (int64_t block = first; block <= last; ++block) {
-            const int64_t place = entry - block * plan.width / extras.group % extras.count;
-            for (int64_t group = 0; group < plan.groups; ++group)
-              sum += extras.partial[((group * plan.blocks + block) * plan.entries + place) * rows + row];
-          }
+          plan.each_place(extras.group, extras.count, entry, [&](int64_t task, int64_t place) {
+            sum += extras.partial[(task * plan.entries + place) * rows + row];
+          });
           extras.grad_parameters[row * extras.count + entry] = State(sum);
         }
-      }
     });
   }
 

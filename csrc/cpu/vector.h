@@ -43,6 +43,7 @@ struct MathOfVector {
     return mask ? yes : no;
   }
   static STBP_FN V zero_times_plus(V a, V b) { return a * V{} + b; }
+  static STBP_FN V plus_product(V sum, V a, V b) { return sum + a * b; }
 };
 
 #if defined(__AVX512F__)
@@ -53,6 +54,8 @@ struct MathOfVector<Floats> {
   static STBP_FN Floats choose(__mmask16 mask, Floats yes, Floats no) { return _mm512_mask_blend_ps(mask, no, yes); }
   // A product with zero is exact: the fused operation rounds as the two do.
   static STBP_FN Floats zero_times_plus(Floats a, Floats b) { return _mm512_fmadd_ps(a, Floats{}, b); }
+  // For sums of gradients, which nobody expects in one order.
+  static STBP_FN Floats plus_product(Floats sum, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, sum); }
 };
 
 template <>
@@ -61,6 +64,8 @@ struct MathOfVector<Doubles> {
   static STBP_FN __mmask8 less(Doubles a, Doubles b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
   static STBP_FN Doubles choose(__mmask8 mask, Doubles yes, Doubles no) { return _mm512_mask_blend_pd(mask, no, yes); }
   static STBP_FN Doubles zero_times_plus(Doubles a, Doubles b) { return _mm512_fmadd_pd(a, Doubles{}, b); }
+  // For sums of gradients, which nobody expects in one order.
+  static STBP_FN Doubles plus_product(Doubles sum, Doubles a, Doubles b) { return _mm512_fmadd_pd(a, b, sum); }
 };
 #endif
 
@@ -97,6 +102,46 @@ STBP_FN V load(const T* from) {
   V v;
   memcpy(&v, from, sizeof(v));
   return v;
+}
+
+// A mask of the lanes from the given one on, of at most as many as there are.
+template <class Bits>
+STBP_FN Bits lanes_from(int first) {
+  constexpr int kLanes = kVectorBytes / sizeof(Bits{}[0]);
+  static const auto masks = [] {
+    struct {
+      decltype(Bits{}[0] + 0) lane[2 * kLanes];
+    } of{};
+    for (int i = kLanes; i < 2 * kLanes; ++i) of.lane[i] = ~decltype(Bits{}[0] + 0)(0);
+    return of;
+  }();
+  return load<Bits>(masks.lane + kLanes - first);
+}
+
+// Sums in double of what a vector's lanes hold.
+template <class V>
+struct DoublesOf {
+  static constexpr int kCount = sizeof(V{}[0]) == sizeof(double) ? 1 : 2;
+  Doubles part[kCount];
+};
+STBP_FN void add_in_double(DoublesOf<Floats>& sums, Floats v) {
+  using Half = typename VectorOf<float, kFloats / 2>::type;
+  for (int k = 0; k < 2; ++k) {
+    Half half;
+    memcpy(&half, reinterpret_cast<const char*>(&v) + k * sizeof(half), sizeof(half));
+    sums.part[k] += __builtin_convertvector(half, Doubles);
+  }
+}
+STBP_FN void add_in_double(DoublesOf<Doubles>& sums, Doubles v) { sums.part[0] += v; }
+template <class V>
+STBP_FN double sum_of(const DoublesOf<V>& sums) {
+  constexpr int kLanes = kVectorBytes / sizeof(double);
+  double lane[kLanes];
+  const Doubles all = DoublesOf<V>::kCount == 1 ? sums.part[0] : sums.part[0] + sums.part[DoublesOf<V>::kCount - 1];
+  memcpy(lane, &all, sizeof(lane));
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
 }
 
 // What a tensor holds, to and from a vector of the state's type. The conversions of 16 to 32 bits are named where there

@@ -61,7 +61,8 @@ void visit_lif_backward(const LifOptions& options, const LifPlan& plan, const F&
       }
     };
     if constexpr (width > 1) {
-      if (CommonReset::serves(options)) return with(Lif<State, CommonReset, Heaviside, Any>{constants, surrogate});
+      if (is_common(options) && !options.soft_reset)
+        return with(Lif<State, Common<HardReset>, Heaviside, Any>{constants, surrogate});
     }
     with(Lif<State, EitherReset, Heaviside, Any>{constants, surrogate});
   });

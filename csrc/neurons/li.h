@@ -42,22 +42,20 @@ struct Li {
     return o = v = p.decay * v + current;
   }
   template <class V>
-  STBP_FN V step_back(const LiValues<V>& p, V before, V, V grad_output, V grad_u, V& grad_v,
-                      V (&gradients)[kParameters]) const {
+  STBP_FN V step_back(const LiValues<V>& p, V before, V, V grad_output, V grad_u, V& grad_v, V* gradients) const {
     grad_u = (grad_output + grad_v) + grad_u;
-    gradients[0] = gradients[0] + grad_u * before;
+    gradients[0] = Math<V>::plus_product(gradients[0], grad_u, before);
     grad_v = grad_u * p.decay;
     return grad_u;
   }
   // It has no surrogate.
   template <class V>
-  STBP_FN V step_back(const LiValues<V>& p, V before, V u, V, V grad_output, V grad_u, V& grad_v,
-                      V (&gradients)[kParameters]) const {
+  STBP_FN V step_back(const LiValues<V>& p, V before, V u, V, V grad_output, V grad_u, V& grad_v, V* gradients) const {
     return step_back(p, before, u, grad_output, grad_u, grad_v, gradients);
   }
   STBP_FN bool learns(int) const { return true; }
-  template <class V, int kCount>
-  STBP_FN void derivatives_at(const LiValues<V>&, const V (&)[kCount], V (&)[kCount]) const {}
+  template <bool kSame, class ParametersAt, class V>
+  STBP_FN void derivatives_of(const ParametersAt&, const V*, int64_t, V*, int64_t, int, int) const {}
   template <class V, int kCount>
   STBP_FN void derivatives_at(const LiValues<V> (&)[kCount], const V (&)[kCount], V (&)[kCount]) const {}
 };

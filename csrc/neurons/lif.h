@@ -15,6 +15,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "../core/number.h"
 #include "surrogate.h"
@@ -295,26 +296,30 @@ struct EitherReset {
   }
 };
 
-// The neuron that most people train, without the masks of EitherReset: a hard reset to 0, attached, and a gradient from
-// step to step.
-struct CommonReset : HardReset {
-  template <class State, class Fired>
-  static STBP_FN State apply(Heaviside, const LifConstants<State>&, const LifConstants<State>&, State u, Fired fired) {
-    return fired ? u * State(0) : u;
+// What most people train, without the masks of EitherReset: attached, with a gradient from step to step, and a hard
+// reset to 0 or a soft one.
+template <class Reset>
+struct Common : Reset {
+  template <class State, class Parameters, class V, class Fired>
+  static STBP_FN V apply(Heaviside firing, const LifConstants<State>& c, const Parameters& p, V u, Fired fired) {
+    if constexpr (std::is_same_v<Reset, HardReset>) return Math<V>::choose(fired, u * State(0), u);
+    return Reset::apply(firing, c, p, u, fired);
   }
-  template <class State>
-  static STBP_FN State grad_spike(const LifConstants<State>&, const LifConstants<State>&, State u, State grad_spike,
-                                  State grad_v) {
-    return grad_spike - grad_v * u;
+  template <class State, class Parameters, class V>
+  static STBP_FN V grad_spike(const LifConstants<State>&, const Parameters& p, V u, V grad_spike, V grad_v) {
+    if constexpr (std::is_same_v<Reset, HardReset>) return grad_spike - grad_v * u;
+    return grad_spike - grad_v * p.subtract;
   }
-  template <class State>
-  static STBP_FN State leak(const LifConstants<State>&, const LifConstants<State>& p, State grad_u) {
+  template <class State, class Parameters, class V>
+  static STBP_FN V leak(const LifConstants<State>&, const Parameters& p, V grad_u) {
     return grad_u * p.decay;
   }
-  static bool serves(const LifOptions& options) {
-    return !options.soft_reset && options.v_reset == 0 && !options.detach_reset && !options.spatial_only;
-  }
 };
+
+inline bool is_common(const LifOptions& options) {
+  return !options.delayed && !options.detach_reset && !options.spatial_only &&
+         (options.soft_reset || options.v_reset == 0);
+}
 
 template <class State_, class Reset, class Firing, class Surrogate>
 struct Lif {
@@ -371,28 +376,30 @@ struct Lif {
   // The same with parameters of their own, to whose gradients it adds; `before` is v[t-1], and grad_u what reaches u[t]
   // beside.
   template <class V>
-  STBP_FN V step_back(const LifValues<V>& p, V before, V u, V grad_spike, V grad_u, V& grad_v,
-                      V (&gradients)[kParameters]) const {
+  STBP_FN V step_back(const LifValues<V>& p, V before, V u, V grad_spike, V grad_u, V& grad_v, V* gradients) const {
     return step_back(p, before, u, surrogate.derivative(u - p.v_threshold), grad_spike, grad_u, grad_v, gradients);
   }
   template <class V>
   STBP_FN V step_back(const LifValues<V>& p, V before, V u, V derivative, V grad_spike, V grad_u, V& grad_v,
-                      V (&gradients)[kParameters]) const {
+                      V* gradients) const {
     const V through_spike = Reset::grad_spike(c, p, u, grad_spike, grad_v) * derivative;
     const auto fired = Firing::fire(c, p, surrogate, u);
     grad_u = (grad_u + Reset::grad_potential(Firing(), c, p, fired, grad_v)) + through_spike;
-    gradients[0] = gradients[0] + (Reset::delayed(c) ? grad_v * u : grad_u * before);
+    gradients[0] = Reset::delayed(c) ? Math<V>::plus_product(gradients[0], grad_v, u)
+                                     : Math<V>::plus_product(gradients[0], grad_u, before);
     gradients[1] = gradients[1] - through_spike;
     if (Reset::subtracts(c)) gradients[2] = gradients[2] - grad_v * Firing::template spike<V, State>(fired);
     grad_v = Reset::leak(c, p, grad_u);
     return grad_u;
   }
-  // The derivatives at several steps of the same neurons.
-  template <class V, int kCount>
-  STBP_FN void derivatives_at(const LifValues<V>& p, const V (&u)[kCount], V (&h)[kCount]) const {
-    V s[kCount];
-    for (int i = 0; i < kCount; ++i) s[i] = u[i] - p.v_threshold;
-    derivatives(surrogate, s, h);
+  // The derivatives at rows of potentials, of neurons with the same parameters or others.
+  template <bool kSame, class ParametersAt, class V>
+  STBP_FN void derivatives_of(const ParametersAt& parameters_at, const V* u, int64_t u_row, V* h, int64_t h_row,
+                              int rows, int count) const {
+    if (kSame) return derivatives(surrogate, parameters_at(0).v_threshold, u, u_row, h, h_row, rows, count);
+    for (int row = 0; row < rows; ++row)
+      for (int i = 0; i < count; ++i) h[row * h_row + i] = u[row * u_row + i] - parameters_at(i).v_threshold;
+    derivatives(surrogate, V{}, h, h_row, h, h_row, rows, count);
   }
   // The derivatives at the potentials of neighbouring neurons, for which the surrogate is chosen once.
   template <class V, int kCount>
@@ -424,12 +431,17 @@ STBP_HOST_FN void visit_reset(const LifOptions& options, const Surrogate& surrog
   }
 }
 
-// f(neuron) for a LIF neuron that is compiled for its reset alone, even where that is delayed.
+// f(neuron) for a LIF neuron with a kernel for its reset alone if that is common.
 template <class State, class Surrogate, class F>
-STBP_HOST_FN void visit_any_reset(const LifOptions& options, const Surrogate& surrogate, const F& f) {
-  if (options.delayed)
-    return f(Lif<State, DelayedReset, Heaviside, Surrogate>{LifConstants<State>(options), surrogate});
-  visit_reset<State>(options, surrogate, f);
+STBP_HOST_FN void visit_common_reset(const LifOptions& options, const Surrogate& surrogate, const F& f) {
+  const LifConstants<State> constants(options);
+  if (!is_common(options)) {
+    f(Lif<State, EitherReset, Heaviside, Surrogate>{constants, surrogate});
+  } else if (options.soft_reset) {
+    f(Lif<State, Common<SoftReset>, Heaviside, Surrogate>{constants, surrogate});
+  } else {
+    f(Lif<State, Common<HardReset>, Heaviside, Surrogate>{constants, surrogate});
+  }
 }
 
 }  // namespace stbp

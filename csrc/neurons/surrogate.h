@@ -307,6 +307,17 @@ STBP_FN void derivatives(const AnySurrogate<State, List>& surrogate, const V (&s
   if (surrogate.is_first()) return derivatives(surrogate.first(), s, h);
   derivatives_of_others(surrogate, s, h);
 }
+
+// h = derivative(u - threshold) in rows, in a function that is compiled once. V tells the instruction sets apart.
+template <class State, class List, class V>
+__attribute__((noinline)) void derivatives(const AnySurrogate<State, List>& surrogate, V threshold, const V* u,
+                                           int64_t u_row, V* h, int64_t h_row, int rows, int count) {
+  surrogate.visit([&](const auto& of) {
+    const auto chosen = of;  // its constants stay in registers
+    for (int row = 0; row < rows; ++row)
+      for (int i = 0; i < count; ++i) h[row * h_row + i] = chosen.derivative(u[row * u_row + i] - threshold);
+  });
+}
 #endif
 
 }  // namespace stbp
