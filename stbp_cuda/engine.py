@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _warned: set[str] = set()
 _with_kernels: set[torch.device] = set()  # devices that were asked, beside the CPU
+_numbers: dict[Any, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ def check_call(neuron: Neuron, steps: object, time_dim: object, backend: str) ->
     return Call(neuron, text, None if steps is None else check_steps(steps), dim, backend, has_kernel)
 
 
+def _no_dimension(time_dim: int, rank: int) -> ValueError:
+    return ValueError(f"time_dim must be a dimension of x with its time, from {-rank} to {rank - 1}, got {time_dim}")
+
+
 def check_input(x: Tensor, steps: int | None, name: str = "x", time_dim: int = 0) -> int:
     """Raise if x does not fit; return the number of steps."""
     if not isinstance(x, Tensor):
@@ -68,6 +74,8 @@ def check_input(x: Tensor, steps: int | None, name: str = "x", time_dim: int = 0
         raise ValueError(
             f"{name} must have a time dimension, [T, ...] or with steps=T [T*B, ...], got a tensor of shape ()"
         )
+    if time_dim >= x.dim():
+        raise _no_dimension(time_dim, x.dim())
     entries = x.shape[time_dim]
     if steps is None:
         if entries == 0:
@@ -179,31 +187,81 @@ def _aligned_shape(name: str, value: Tensor, x: Tensor, sample: tuple[int, ...],
     )
 
 
-def _stacked(call: Call, given: Mapping[str, Any], x: Tensor, sample: tuple[int, ...], steps: int) -> Tensor | None:
-    """Parameters as the kernels take them, [P, 1 or T, ...]; None if none is given."""
-    if not given:
+def _number(value: float, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A parameter that is a number, to be stacked with others that are tensors."""
+    key = (value, shape, dtype, device)
+    number = _numbers.get(key)
+    if number is None:
+        number = torch.full(shape, value, dtype=dtype, device=device)
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return number  # which is filled when the graph runs, and only then
+            torch.cuda.current_stream(device).synchronize()  # once: another stream may be next to use it
+        if len(_numbers) >= 1000:  # someone changes one in every step
+            _numbers.clear()
+        _numbers[key] = number
+    return number
+
+
+@functools.lru_cache
+def _size(count: int, shape: tuple[int, ...], sample: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of ``count`` parameters of one shape as the kernels take them; None if it takes more than a view."""
+    rank = len(sample)
+    if len(shape) == 1 and rank >= 1:  # of the first dimension after the batch
+        shape = (*shape, *[1] * (rank - 1))
+    shape = shape or (1,) * rank
+    if len(shape) != rank or any(size not in (1, full) for size, full in zip(shape, sample, strict=True)):
         return None
-    state = ops.state_dtype(x.dtype)
+    varying = sum(size != 1 for size in shape)
+    return (count, 1, *shape) if varying <= 1 or shape == sample else None
+
+
+def _rows(call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters by name, in the order of the kernels, as they are given or are in the neuron."""
     names = call.neuron.parameters
     if "scale" in given or "shift" in given:
         names = (*names, "scale", "shift")
     defaults = {"scale": 1.0, "shift": 0.0}
-    rows: list[Tensor] = []
+    return {name: given[name] if name in given else getattr(call.neuron, name, defaults.get(name)) for name in names}
+
+
+def _alike(rows: dict[str, Any], x: Tensor, sample: tuple[int, ...]) -> tuple[list[Tensor], Sequence[int] | None]:
+    """The parameters as tensors of one shape, dtype and device, and the shape of all of them stacked; no shape if they
+    differ, which takes more time. As :func:`autograd.stack` takes them."""
+    first = next((row for row in rows.values() if isinstance(row, Tensor)), None)
+    device = x.device
+    exact = ops.state_dtype(x.dtype)
+    shape, dtype = ((), exact) if first is None else (first.shape, first.dtype)
+    if dtype is torch.float64:
+        exact = dtype
+    found = []
+    for row in rows.values():
+        if not isinstance(row, Tensor):
+            row = _number(row, shape, exact, device)
+        elif row.dtype is not dtype or row.shape != shape or row.device != device:
+            return [], None
+        found.append(row)
+    return found, _size(len(found), shape, sample) if dtype.is_floating_point else None
+
+
+def _stacked(rows: dict[str, Any], x: Tensor, sample: tuple[int, ...], steps: int) -> Tensor:
+    """Parameters as the kernels take them, [P, 1 or T, ...], checked; by functions that autograd and compilers see."""
+    state = ops.state_dtype(x.dtype)
+    found: list[Tensor] = []
     aligned: list[tuple[int, ...]] = []
-    for name in names:
-        value: Any = given[name] if name in given else defaults.get(name, getattr(call.neuron, name, None))
+    for name, value in rows.items():
         if not isinstance(value, Tensor):
             if torch.compiler.is_compiling():  # only as a factor of a tensor is a number not fixed
                 value = torch.ones((), dtype=torch.float64, device=x.device) * value
             else:
-                value = torch.as_tensor(value, dtype=state, device=x.device)
+                value = torch.full((), value, dtype=state, device=x.device)
         aligned.append(_aligned_shape(name, value, x, sample, steps))
-        rows.append(value.to(x.device, state))
-    if all(row.shape == rows[0].shape for row in rows):
-        stacked = torch.stack(rows).reshape(len(rows), *aligned[0])
+        found.append(value.to(x.device, state))
+    if all(row.shape == found[0].shape for row in found):
+        stacked = torch.stack(found).reshape(len(found), *aligned[0])
     else:
-        rows = [row.reshape(shape) for row, shape in zip(rows, aligned, strict=True)]
-        stacked = torch.stack(torch.broadcast_tensors(*rows))  # type: ignore[no-untyped-call]
+        found = [row.reshape(shape) for row, shape in zip(found, aligned, strict=True)]
+        stacked = torch.stack(torch.broadcast_tensors(*found))  # type: ignore[no-untyped-call]
     # The kernels take one dimension of a sample or all.
     varying = [d for d in range(2, stacked.dim()) if stacked.shape[d] != 1]
     if len(varying) > 1:
@@ -253,73 +311,41 @@ def run(
     """
     if jit_trace() is not None:
         refuse_trace(call.backend)
-    # The conditions in the order of their cost: a small layer waits for them.
-    is_plain = not (given or constant or last or call.time_dim) and lengths is None and return_potentials is None
-    if is_plain and (call.steps is not None or not isinstance(x, Tensor) or x.dim() < 2 or not _is_expanded(x, 0)):
-        return _run_plain(x, call, initial_potential, return_potential)
-    return _run_general(
-        x, call, initial_potential, return_potential, given or {}, lengths, constant, return_potentials, last
-    )
+    if return_potentials is not None and return_potentials not in POTENTIALS:
+        accepted = ", ".join(POTENTIALS)
+        raise ValueError(f"return_potentials must be None or one of {accepted}, got {return_potentials!r}")
+    which = 0 if return_potentials is None else POTENTIALS.index(return_potentials) + 1
+    time_dim, folded = call.time_dim, call.steps is not None
+    # What the kernels take as it is, first: a small layer waits for the rest.
+    if not constant and lengths is None and (time_dim == 0 or (time_dim == 1 and not folded)):
+        steps = check_input(x, call.steps, "x", time_dim)
+        expanded = not x.stride()[time_dim] and _is_expanded(x, time_dim)
+        if x.dim() > 1 and not (folded and given) and not expanded and use_fused(x, call):
+            if initial_potential is not None:
+                batch = (x.shape[0] // steps,) if folded else x.shape[:time_dim]
+                initial_potential = _initial_potential(initial_potential, x, (*batch, *x.shape[time_dim + 1 :]))
+                if not folded:
+                    initial_potential = initial_potential.unsqueeze(time_dim)
+            output, potential, potentials = _call_fused(
+                x,
+                call,
+                initial_potential,
+                given,
+                None,
+                steps,
+                time_dim,
+                False,
+                which,
+                not last,
+                return_potential or last,
+            )
+            if potential is not None and not folded:
+                potential = potential.squeeze(time_dim)
+            return _results(x, output, potential, potentials, return_potential, which, last)
+    return _run_shaped(x, call, initial_potential, return_potential, given or {}, lengths, constant, which, last)
 
 
-def _run_plain(x: Tensor, call: Call, initial: Any, return_potential: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """Time is the first dimension, and all is in the neuron: the shortest way."""
-    steps = check_input(x, call.steps)
-    folded = call.steps is not None
-    if initial is not None:
-        shape = (x.shape[0] // steps, *x.shape[1:]) if folded else tuple(x.shape[1:])
-        initial = _initial_potential(initial, x, shape)
-
-    output: Tensor
-    potential: Tensor
-    if not use_fused(x, call):
-        unfolded = x.reshape(steps, x.shape[0] // steps, *x.shape[1:]) if folded else x
-        output, potential, _ = reference.run(call.neuron, unfolded, initial, {})
-        output = output.flatten(0, 1) if folded else output
-        return (output, potential) if return_potential else output
-
-    if initial is not None:
-        initial = initial.to(ops.state_dtype(x.dtype))
-        if not folded:
-            initial = initial.unsqueeze(0)
-    if torch.compiler.is_compiling():
-        output, potential, _ = _traced(x, call, initial, None, None, steps, 0, False, 0, True, return_potential)
-    elif autograd.transforms():
-        output, potential, *_ = autograd.TransformableNeuron.apply(
-            x, initial, None, None, steps, 0, False, call.text, None, 0, True, return_potential, False
-        )
-    elif torch.is_grad_enabled() and (x.requires_grad or (initial is not None and initial.requires_grad)):
-        result: Tensor | tuple[Tensor, Tensor]
-        result = autograd.FusedNeuron.apply(x, initial, (steps, 0, call.text, return_potential))
-        if not return_potential:
-            return result
-        output, potential = result
-    else:
-        output, potential, _ = ops.eager_neuron_forward(x, initial, steps, 0, call.text, return_potential, False)
-    if not return_potential:
-        return output
-    return output, potential if folded else potential.squeeze(0)
-
-
-def _traced(
-    x: Tensor,
-    call: Call,
-    initial: Tensor | None,
-    parameters: Tensor | None,
-    lengths: Tensor | None,
-    steps: int,
-    time_dim: int,
-    constant: bool,
-    *asked: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    numbers, kind = call.neuron.split()
-    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.stbp_cuda.neuron(
-        x, initial, parameters, lengths, steps, time_dim, constant, numbers, kind, *asked, ops.VERSION
-    )
-    return outputs
-
-
-def _run_general(
+def _run_shaped(
     x: Tensor,
     call: Call,
     initial: Any,
@@ -327,12 +353,10 @@ def _run_general(
     given: Mapping[str, Any],
     lengths: Any,
     constant: bool,
-    return_potentials: str | None,
+    which: int,
     last: bool,
 ) -> Any:
-    if return_potentials is not None and return_potentials not in POTENTIALS:
-        accepted = ", ".join(POTENTIALS)
-        raise ValueError(f"return_potentials must be None or one of {accepted}, got {return_potentials!r}")
+    """:func:`run` in the general case: ``x`` is brought into a shape that the kernels or the reference take."""
     time_dim = call.time_dim
     if constant:
         if call.steps is None:
@@ -346,7 +370,7 @@ def _run_general(
         if folded and time_dim != 0:
             raise ValueError(f"steps is for time in the first dimension, and time_dim is {time_dim}")
     if isinstance(x, Tensor) and not -rank <= time_dim < max(rank, 1):
-        raise ValueError(f"time_dim must be a dimension of x with its time, from {-rank} to {rank - 1}, got {time_dim}")
+        raise _no_dimension(time_dim, rank)
     time_dim %= max(rank, 1)
     if not constant:
         steps = check_input(x, call.steps, time_dim=time_dim)
@@ -363,7 +387,8 @@ def _run_general(
 
     # The kernels want time before or behind the batch.
     moved = time_dim
-    if time_dim > 1 or (time_dim == 1 and not use_fused(x, call)):
+    fused = use_fused(x, call)
+    if time_dim > 1 or (time_dim == 1 and not fused):
         x, time_dim = (x if constant else x.movedim(time_dim, 0)), 0
     no_batch = len(step_shape) == 0  # a compiler cannot tell of a tuple
     if no_batch:
@@ -372,60 +397,104 @@ def _run_general(
     elif not constant and _is_expanded(x, time_dim):
         x, constant = x.select(time_dim, 0), True
 
-    outputs = _call_general(
-        x, call, initial, given, lengths, steps, time_dim, constant, return_potential, return_potentials, last
-    )
-    output, potential, potentials = outputs
+    output: Tensor | None
+    potential: Tensor | None
+    potentials: Tensor | None
+    if fused:
+        initial = None if initial is None else initial.unsqueeze(time_dim)
+        output, potential, potentials = _call_fused(
+            x, call, initial, given, lengths, steps, time_dim, constant, which, not last, return_potential or last
+        )
+        potential = None if potential is None else potential.squeeze(time_dim)
+    else:
+        repeated = x.expand(steps, *x.shape) if constant else x
+        output, potential, potentials = _reference(repeated, call, given, initial, lengths, which == 2)
 
-    def as_given(tensor: Tensor) -> Tensor:
+    def as_given(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
         if no_batch:
             tensor = tensor.squeeze(1)
         if folded:
             return tensor.flatten(0, 1)
         return tensor if moved == time_dim else tensor.movedim(0, moved)
 
-    potential = potential.squeeze(0) if no_batch else potential
-    results = [potential.to(x.dtype) if last else as_given(output)]
-    if return_potential:
-        results.append(potential)
-    if return_potentials is not None:
-        results.append(as_given(potentials))
-    return tuple(results) if len(results) > 1 else results[0]
+    if no_batch and potential is not None:
+        potential = potential.squeeze(0)
+    return _results(x, as_given(output), potential, as_given(potentials), return_potential, which, last)
 
 
-def _call_general(
+def _results(
+    x: Tensor,
+    output: Tensor | None,
+    potential: Tensor | None,
+    potentials: Tensor | None,
+    return_potential: bool,
+    which: int,
+    last: bool,
+) -> Any:
+    """What was asked for, as :func:`run` returns it."""
+    output = potential.to(x.dtype) if last else output  # type: ignore[union-attr]
+    if not return_potential and not which:
+        return output
+    more = ([potential] if return_potential else []) + ([potentials] if which else [])
+    return output, *more
+
+
+def _call_fused(
     x: Tensor,
     call: Call,
     initial: Tensor | None,
-    given: Mapping[str, Any],
+    given: Mapping[str, Any] | None,
     lengths: Tensor | None,
     steps: int,
     time_dim: int,
     constant: bool,
-    return_potential: bool,
-    return_potentials: str | None,
-    last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``x [T, B, ...]`` or ``[B, T, ...]``, or ``[B, ...]`` of all steps; the potential in the shape of a step."""
-    if not use_fused(x, call):
-        repeated = x.expand(steps, *x.shape) if constant else x
-        return _reference(repeated, call, given, initial, lengths, return_potentials == "after_reset")
-    sample = tuple(x.shape[1:]) if constant else tuple(x.shape[2:])
-    parameters = _stacked(call, given, x, sample, steps)
+    which: int,
+    return_output: bool,
+    return_final: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The kernels, on ``x [T, B, ...]`` or ``[B, T, ...]``, or ``[B, ...]`` of all steps; without parameters and
+    lengths also ``[T*B, ...]``. The potential is that of one step, with its dimension of time. What is not asked for
+    may be None."""
+    compiling = torch.compiler.is_compiling()
+    transformed = compiling or autograd.transforms()
     if initial is not None:
-        initial = initial.to(ops.state_dtype(x.dtype)).unsqueeze(time_dim)
-    which = 0 if return_potentials is None else POTENTIALS.index(return_potentials) + 1
-    return_final = return_potential or last
-    if torch.compiler.is_compiling():
-        output, potential, potentials = _traced(
-            x, call, initial, parameters, lengths, steps, time_dim, constant, which, not last, return_final
-        )
-    else:
-        arguments = (x, initial, parameters, lengths, steps, time_dim, constant, call.text, None)
-        needs_gradient = autograd.transforms() or (
-            torch.is_grad_enabled()
-            and any(tensor is not None and tensor.requires_grad for tensor in (x, initial, parameters))
-        )
-        function = autograd.TransformableNeuron.apply if needs_gradient else ops.neuron_forward
-        output, potential, potentials, _ = function(*arguments, which, not last, return_final, False)
-    return output, potential.squeeze(time_dim) if return_final else potential, potentials
+        initial = initial.to(ops.state_dtype(x.dtype))
+    rows: Sequence[Tensor] = ()
+    size = None
+    if given:
+        named = _rows(call, given)
+        sample = tuple(x.shape[1:] if constant else x.shape[2:])
+        if not transformed:
+            rows, size = _alike(named, x, sample)
+        if size is None:
+            rows = (_stacked(named, x, sample, steps),)
+    if transformed:
+        tensors = (x, initial, rows[0] if rows else None, lengths)
+        if compiling:
+            numbers, kind = call.neuron.split()
+            found = torch.ops.stbp_cuda.neuron(
+                *tensors, steps, time_dim, constant, numbers, kind, which, return_output, return_final, ops.VERSION
+            )
+        else:
+            found = autograd.TransformableNeuron.apply(
+                *tensors, steps, time_dim, constant, call.text, None, which, return_output, return_final, False
+            )
+        return found[0], found[1], found[2]
+    asked = time_dim + ops.CONSTANT * constant + ops.POTENTIALS * which
+    asked += ops.OUTPUT * return_output + ops.FINAL * return_final
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (initial is not None and initial.requires_grad)
+        or True in [row.requires_grad for row in rows]
+    ):
+        found = autograd.FusedNeuron.apply(x, initial, lengths, (steps, call.text, asked, size), *rows)
+        if not return_final and not which:
+            return found, None, None
+        left = iter(found)
+        return tuple(next(left) if asked else None for asked in (return_output, return_final, which))  # type: ignore[return-value]
+    parameters = None
+    if rows:
+        parameters = rows[0] if size is None else autograd.stack(rows, size, ops.state_dtype(x.dtype))
+    return ops.eager_neuron_forward(x, initial, parameters, lengths, steps, call.text, asked)[:3]  # type: ignore[no-any-return]

@@ -40,6 +40,8 @@ eager_neuron_forward = torch.ops.stbp_cuda._neuron_forward.default
 eager_neuron_backward = torch.ops.stbp_cuda._neuron_backward.default
 eager_neunorm_lif_forward = torch.ops.stbp_cuda._neunorm_lif_forward.default
 eager_neunorm_lif_backward = torch.ops.stbp_cuda._neunorm_lif_backward.default
+# What the eager operators of neurons are asked for, the bits of one number; Asked in csrc/torch/neuron_op.h.
+TIME_SECOND, CONSTANT, POTENTIALS, OUTPUT, FINAL, STATES, GRAD_INITIAL, GRAD_PARAMETERS = 1, 2, 4, 16, 32, 64, 128, 256
 
 
 VERSION = importlib.metadata.version("stbp_cuda")
@@ -180,12 +182,12 @@ def _fake_neuron_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     state = state_dtype(x.dtype)
     shape = _InputShape(x, steps, time_dim, constant, parameters is not None or lengths is not None)
-    saved = (steps - 1) // chunk(x.device.type) if save_states else 0
+    saved = (steps - 1) // chunk(x.device.type)
     return (
         shape.empty(steps, x.dtype) if return_output else x.new_empty(0),
         shape.empty(1, state) if return_final else x.new_empty(0, dtype=state),
         shape.empty(steps, state) if potentials else x.new_empty(0, dtype=state),
-        shape.empty(saved, state),
+        shape.empty(saved, state) if save_states else x.new_empty(0, dtype=state),
     )
 
 
@@ -197,7 +199,7 @@ def _fake_neuron_backward(
     initial: Tensor | None,
     parameters: Tensor | None,
     lengths: Tensor | None,
-    states: Tensor,
+    states: Tensor | None,
     steps: int,
     time_dim: int,
     constant: bool,
@@ -216,27 +218,30 @@ def _fake_neuron_backward(
     )
 
 
+def _asked(found: tuple[Tensor, ...], asked: int, *bits: int) -> tuple[Tensor | None, ...]:
+    return tuple(tensor if asked & bit else None for tensor, bit in zip(found, bits, strict=True))
+
+
 def _fake_eager_neuron_forward(
-    x: Tensor, initial: Tensor | None, steps: int, time_dim: int, neuron: str, return_final: bool, save_states: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = (x, initial, None, None, steps, time_dim, False, neuron, None, 0, True, return_final, save_states)
-    output, final, _, states = _fake_neuron_forward(*call)
-    return output, final, states
-
-
-def _fake_eager_neuron_backward(
-    grad_output: Tensor,
-    grad_final: Tensor | None,
     x: Tensor,
     initial: Tensor | None,
-    states: Tensor,
+    parameters: Tensor | None,
+    lengths: Tensor | None,
     steps: int,
-    time_dim: int,
     neuron: str,
-    return_grad_initial: bool,
-) -> tuple[Tensor, Tensor]:
-    call = (None, None, states, steps, time_dim, False, neuron, None, 0, return_grad_initial, False)
-    return _fake_neuron_backward(grad_output, grad_final, None, x, initial, *call)[:2]
+    asked: int,
+) -> tuple[Tensor | None, ...]:
+    call = (steps, asked & TIME_SECOND, bool(asked & CONSTANT), neuron, None, asked // POTENTIALS & 3)
+    found = _fake_neuron_forward(x, initial, parameters, lengths, *call, True, True, True)
+    kept = STATES if steps > chunk(x.device.type) else 0
+    return _asked(found, asked, OUTPUT, FINAL, 3 * POTENTIALS, kept)
+
+
+def _fake_eager_neuron_backward(*args: Any) -> tuple[Tensor | None, ...]:
+    *tensors, steps, neuron, asked = args
+    call = (steps, asked & TIME_SECOND, bool(asked & CONSTANT), neuron, None, asked // POTENTIALS & 3, True, True)
+    grad_x, *found = _fake_neuron_backward(*(*tensors, *call))
+    return grad_x, *_asked(tuple(found), asked, GRAD_INITIAL, GRAD_PARAMETERS)
 
 
 def _features_innermost(x: Tensor, last: int) -> bool:

@@ -217,6 +217,9 @@ inline Tensor matching(const char* name, const Tensor& tensor, const std::vector
 
 // Stands for an output that was not asked for.
 inline Tensor no_output(ScalarType type, const Tensor& x) { return empty_with({0}, {1}, type, x); }
+inline Tensor or_empty(const std::optional<Tensor>& output, ScalarType type, const Tensor& x) {
+  return output ? *output : no_output(type, x);
+}
 
 template <class T>
 const T* input_pointer(const std::optional<Tensor>& tensor) {
@@ -224,8 +227,8 @@ const T* input_pointer(const std::optional<Tensor>& tensor) {
 }
 
 template <class T>
-T* output_pointer(const Tensor& tensor) {
-  return tensor.numel() > 0 ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+T* output_pointer(const std::optional<Tensor>& tensor) {
+  return tensor && tensor->numel() > 0 ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
 }
 
 template <class Run>
