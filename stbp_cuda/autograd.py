@@ -72,9 +72,9 @@ def _refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
     )
 
 
-def stack(rows: Sequence[Tensor], size: Sequence[int], dtype: torch.dtype) -> Tensor:
+def stack(rows: list[Tensor] | tuple[Tensor, ...], size: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Parameters that are alike as the kernels take them, ``[P, 1 or T, ...]``."""
-    stacked = torch.stack(tuple(rows)).view(size)
+    stacked = torch.stack(rows).view(size)
     return stacked if stacked.dtype is dtype else stacked.to(dtype)
 
 

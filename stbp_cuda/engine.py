@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,28 @@ from .checks import check_integer, check_number, plain
 from .neurons import Neuron
 from .tracing import jit_trace, refuse_trace
 
-__all__ = ["BACKENDS", "DTYPES", "POTENTIALS", "Call", "check_call", "check_input", "check_steps", "run", "use_fused"]
+__all__ = [
+    "AFFINE",
+    "BACKENDS",
+    "DTYPES",
+    "POTENTIALS",
+    "Call",
+    "check_call",
+    "check_input",
+    "check_steps",
+    "kept",
+    "run",
+    "use_fused",
+]
 
 BACKENDS = ("auto", "fused", "reference")
 POTENTIALS = ("before_reset", "after_reset")
+AFFINE = {"scale": 1.0, "shift": 0.0}  # the parameters of the current
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _warned: set[str] = set()
 _with_kernels: set[torch.device] = set()  # devices that were asked, beside the CPU
-_numbers: dict[Any, Tensor] = {}
+_kept: dict[Any, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -167,7 +180,7 @@ def _aligned_shape(name: str, value: Tensor, x: Tensor, sample: tuple[int, ...],
     if value.device != x.device and value.dim() > 0:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
     rank = len(sample)
-    in_time = name in ("scale", "shift")
+    in_time = name in AFFINE
     shape: tuple[int, ...] | None = None
     if value.dim() == 0:
         shape = (1,) * (rank + 1)
@@ -187,25 +200,33 @@ def _aligned_shape(name: str, value: Tensor, x: Tensor, sample: tuple[int, ...],
     )
 
 
-def _number(value: float, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A parameter that is a number, to be stacked with others that are tensors."""
-    key = (value, shape, dtype, device)
-    number = _numbers.get(key)
-    if number is None:
-        number = torch.full(shape, value, dtype=dtype, device=device)
+def kept(make: Callable[..., Any], *args: Any, device: torch.device) -> Any:
+    """What ``make(*args, device=device)`` returns, new tensors, kept for the next call. Not where they belong to what
+    looks on: a compiler, a transform or a graph of CUDA."""
+    if torch.compiler.is_compiling() or autograd.transforms():
+        return make(*args, device=device)
+    key = (make, args, device)
+    found = _kept.get(key)
+    if found is None:
+        found = make(*args, device=device)
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
-                return number  # which is filled when the graph runs, and only then
+                return found
             torch.cuda.current_stream(device).synchronize()  # once: another stream may be next to use it
-        if len(_numbers) >= 1000:  # someone changes one in every step
-            _numbers.clear()
-        _numbers[key] = number
-    return number
+        if len(_kept) >= 1000:  # someone changes a number in every step
+            _kept.clear()
+        _kept[key] = found
+    return found
+
+
+def _number(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, value, dtype=dtype, device=device)
 
 
 @functools.lru_cache
-def _size(count: int, shape: tuple[int, ...], sample: tuple[int, ...]) -> tuple[int, ...] | None:
+def _size(count: int, shape: tuple[int, ...], x: tuple[int, ...], constant: bool) -> tuple[int, ...] | None:
     """The shape of ``count`` parameters of one shape as the kernels take them; None if it takes more than a view."""
+    sample = x[1:] if constant else x[2:]
     rank = len(sample)
     if len(shape) == 1 and rank >= 1:  # of the first dimension after the batch
         shape = (*shape, *[1] * (rank - 1))
@@ -216,45 +237,51 @@ def _size(count: int, shape: tuple[int, ...], sample: tuple[int, ...]) -> tuple[
     return (count, 1, *shape) if varying <= 1 or shape == sample else None
 
 
-def _rows(call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters by name, in the order of the kernels, as they are given or are in the neuron."""
-    names = call.neuron.parameters
-    if "scale" in given or "shift" in given:
-        names = (*names, "scale", "shift")
-    defaults = {"scale": 1.0, "shift": 0.0}
-    return {name: given[name] if name in given else getattr(call.neuron, name, defaults.get(name)) for name in names}
+def _names(call: Call, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parameters that the kernels take, in their order."""
+    own = call.neuron.parameters
+    return (*own, *AFFINE) if "scale" in given or "shift" in given else own
 
 
-def _alike(rows: dict[str, Any], x: Tensor, sample: tuple[int, ...]) -> tuple[list[Tensor], Sequence[int] | None]:
-    """The parameters as tensors of one shape, dtype and device, and the shape of all of them stacked; no shape if they
-    differ, which takes more time. As :func:`autograd.stack` takes them."""
-    first = next((row for row in rows.values() if isinstance(row, Tensor)), None)
-    device = x.device
+def _alike(
+    call: Call, given: Mapping[str, Any], x: Tensor, constant: bool
+) -> tuple[list[Tensor], Sequence[int] | None]:
+    """The parameters as tensors of one shape, and the shape of all of them stacked, as :func:`autograd.stack` takes
+    them; no shape if they differ in shape, dtype or device, which takes more time."""
+    device, dtype = x.device, None
     exact = ops.state_dtype(x.dtype)
-    shape, dtype = ((), exact) if first is None else (first.shape, first.dtype)
-    if dtype is torch.float64:
-        exact = dtype
+    shape: tuple[int, ...] = ()
+    for value in given.values():
+        if isinstance(value, Tensor):
+            shape, dtype = value.shape, value.dtype
+            exact = dtype if dtype is torch.float64 else exact
+            break
     found = []
-    for row in rows.values():
+    for name in _names(call, given):
+        row = given.get(name)
+        if row is None:
+            row = AFFINE[name] if name in AFFINE else getattr(call.neuron, name)
         if not isinstance(row, Tensor):
-            row = _number(row, shape, exact, device)
+            row = kept(_number, shape, row, exact, device=device)
         elif row.dtype is not dtype or row.shape != shape or row.device != device:
             return [], None
         found.append(row)
-    return found, _size(len(found), shape, sample) if dtype.is_floating_point else None
+    known = dtype is None or dtype.is_floating_point
+    return found, _size(len(found), shape, x.shape, constant) if known else None
 
 
-def _stacked(rows: dict[str, Any], x: Tensor, sample: tuple[int, ...], steps: int) -> Tensor:
+def _stacked(call: Call, given: Mapping[str, Any], x: Tensor, sample: tuple[int, ...], steps: int) -> Tensor:
     """Parameters as the kernels take them, [P, 1 or T, ...], checked; by functions that autograd and compilers see."""
     state = ops.state_dtype(x.dtype)
     found: list[Tensor] = []
     aligned: list[tuple[int, ...]] = []
-    for name, value in rows.items():
+    for name in _names(call, given):
+        value: Any = given[name] if name in given else getattr(call.neuron, name, AFFINE.get(name))
         if not isinstance(value, Tensor):
             if torch.compiler.is_compiling():  # only as a factor of a tensor is a number not fixed
                 value = torch.ones((), dtype=torch.float64, device=x.device) * value
             else:
-                value = torch.full((), value, dtype=state, device=x.device)
+                value = _number((), value, state, x.device)
         aligned.append(_aligned_shape(name, value, x, sample, steps))
         found.append(value.to(x.device, state))
     if all(row.shape == found[0].shape for row in found):
@@ -461,15 +488,13 @@ def _call_fused(
     transformed = compiling or autograd.transforms()
     if initial is not None:
         initial = initial.to(ops.state_dtype(x.dtype))
-    rows: Sequence[Tensor] = ()
+    rows: list[Tensor] | tuple[Tensor, ...] = ()
     size = None
     if given:
-        named = _rows(call, given)
-        sample = tuple(x.shape[1:] if constant else x.shape[2:])
         if not transformed:
-            rows, size = _alike(named, x, sample)
+            rows, size = _alike(call, given, x, constant)
         if size is None:
-            rows = (_stacked(named, x, sample, steps),)
+            rows = (_stacked(call, given, x, tuple(x.shape[1:] if constant else x.shape[2:]), steps),)
     if transformed:
         tensors = (x, initial, rows[0] if rows else None, lengths)
         if compiling:

@@ -49,7 +49,7 @@ class NeuronCall {
     if (parameters) take_parameters(*parameters);
     if (lengths) {
       check(sizes_of(*lengths) == std::vector<int64_t>{shape.batch()}, "lengths must have shape (", shape.batch(),
-            ",), got ", shape_string(sizes_of(*lengths)));
+            ",), got ", ShapeText(sizes_of(*lengths)));
       check(lengths->scalar_type() == ScalarType::Long, "lengths must be of dtype int64");
       check(lengths->device() == x.device(), "lengths must be on the device of x");
       lengths_ = with_strides(*lengths, {1});
@@ -112,9 +112,9 @@ class NeuronCall {
     check(parameters.device() == x_.device(), "parameters must be on the device of x");
     check(sizes.size() >= 2 && (sizes[0] == own || sizes[0] == own + 2) && (sizes[1] == 1 || sizes[1] == shape.steps),
           "parameters must have shape [", own, " or ", own + 2, ", 1 or ", shape.steps, ", ...], got ",
-          shape_string(sizes));
+          ShapeText(sizes));
     check(sizes.size() == 2 || sizes.size() == shape.sizes.size(),
-          "parameters must have as many dimensions as x with its time, or 2, got ", shape_string(sizes));
+          "parameters must have as many dimensions as x with its time, or 2, got ", ShapeText(sizes));
     affine_ = sizes[0] != own;
     rows_ = sizes[1];
     std::vector<int64_t> strides = contiguous_strides(sizes);
@@ -124,7 +124,7 @@ class NeuronCall {
     for (size_t d : order) {
       const int64_t size = sizes.size() == 2 ? 1 : sizes[d];
       check(size == 1 || size == shape.sizes[d], "parameters must broadcast to a sample of x, got ",
-            shape_string(sizes), " for x of shape ", shape_string(shape.sizes));
+            ShapeText(sizes), " for x of shape ", ShapeText(shape.sizes));
       if (size == 1) {
         inner *= shared == 0 ? shape.sizes[d] : 1;
         continue;
@@ -134,7 +134,7 @@ class NeuronCall {
       count_ *= size;
     }
     check(shared <= 1 || shared == order.size(),
-          "parameters must vary along one dimension of a sample or along all, got ", shape_string(sizes));
+          "parameters must vary along one dimension of a sample or along all, got ", ShapeText(sizes));
     group_ = count_ == 1 ? 1 : inner;
     strides[1] = count_;
     strides[0] = count_ * rows_;
