@@ -26,8 +26,6 @@ from .ops import (
     POTENTIALS,
     STATES,
     TIME_SECOND,
-    eager_neunorm_lif_backward,
-    eager_neunorm_lif_forward,
     eager_neuron_backward,
     eager_neuron_forward,
     neunorm_lif_backward,
@@ -224,7 +222,9 @@ class FusedNeuNormLIF(torch.autograd.Function):
         """Args: those of the operator; ``call`` is (steps, neuron, norm_decay, squared)."""
         kept: tuple[Tensor, ...]
         normalised: Tensor
-        normalised, *kept = eager_neunorm_lif_forward(x, weight, decays, *call)
+        steps, neuron, *norm = call
+        with _below_autograd():
+            normalised, *kept = neunorm_lif_forward(x, weight, decays, steps, neuron, None, *norm, True)
         ctx.save_for_backward(x, weight, decays, *kept)
         ctx.call = call
         return normalised
@@ -234,11 +234,12 @@ class FusedNeuNormLIF(torch.autograd.Function):
         """Returns dL/dx, dL/dweight and dL/ddecays."""
         saved = _saved(ctx, "x, weight or a decay")
         wants_decays = saved[2] is not None and ctx.needs_input_grad[2]
+        steps, neuron, *norm = ctx.call
+        call = (steps, neuron, None, *norm, wants_decays)
         if torch.is_grad_enabled() or transforms():
-            steps, neuron, *norm = ctx.call
-            gradients = NeuNormLIFGradient.apply(grad_normalised, *saved, steps, neuron, None, *norm, wants_decays)
+            gradients = NeuNormLIFGradient.apply(grad_normalised, *saved, *call)
         else:
-            gradients = eager_neunorm_lif_backward(grad_normalised, *saved, *ctx.call, wants_decays)
+            gradients = NeuNormLIFGradient.forward(grad_normalised, *saved, *call)
         return *gradients[:2], gradients[2] if wants_decays else None, None
 
 

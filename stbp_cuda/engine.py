@@ -33,6 +33,7 @@ __all__ = [
 
 BACKENDS = ("auto", "fused", "reference")
 POTENTIALS = ("before_reset", "after_reset")
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 AFFINE = {"scale": 1.0, "shift": 0.0}  # the parameters of the current
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -173,26 +174,31 @@ def _check_lengths(lengths: Any, x: Tensor, batch: int, steps: int) -> Tensor:
     return lengths.to(torch.int64)
 
 
+def _align(shape: tuple[int, ...], sample: tuple[int, ...], steps: int | None) -> tuple[int, ...] | None:
+    """A parameter's shape as [1 or steps, *sample], or with 1 in place of sizes of the sample; None if it does not fit.
+    One that may not differ in time has no ``steps``."""
+    rank = len(sample)
+    if len(shape) == 1 and rank >= 1:  # of the first dimension after the batch
+        shape = (*shape, *[1] * (rank - 1))
+    shape = shape or (1,) * rank
+    if len(shape) == rank:
+        shape = (1, *shape)
+    elif steps is None:
+        return None
+    fits = len(shape) == rank + 1 and shape[0] in (1, steps)
+    return shape if fits and all(size in (1, full) for size, full in zip(shape[1:], sample, strict=True)) else None
+
+
 def _aligned_shape(name: str, value: Tensor, x: Tensor, sample: tuple[int, ...], steps: int) -> tuple[int, ...]:
     """The shape of a parameter as [1 or T, *sample], or with 1 in place of sizes of the sample."""
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a number or a tensor of a floating dtype, got {value.dtype}")
     if value.device != x.device and value.dim() > 0:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
-    rank = len(sample)
     in_time = name in AFFINE
-    shape: tuple[int, ...] | None = None
-    if value.dim() == 0:
-        shape = (1,) * (rank + 1)
-    elif value.dim() == 1 and rank >= 1:  # of the first dimension after the batch
-        shape = (1, value.shape[0], *[1] * (rank - 1))
-    elif value.dim() == rank:
-        shape = (1, *value.shape)
-    elif value.dim() == rank + 1 and in_time:
-        shape = tuple(value.shape)
-    fits = shape is not None and shape[0] in (1, steps)
-    if fits and all(size in (1, full) for size, full in zip(shape[1:], sample, strict=True)):  # type: ignore[index]
-        return shape  # type: ignore[return-value]
+    shape = _align(tuple(value.shape), sample, steps if in_time else None)
+    if shape is not None:
+        return shape
     first = f", [{sample[0]}] of its first dimension" if sample else ""
     also = f", or with a row for each step, ({steps}, ...)" if in_time else ""
     raise ValueError(
@@ -227,14 +233,9 @@ def _number(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: to
 def _size(count: int, shape: tuple[int, ...], x: tuple[int, ...], constant: bool) -> tuple[int, ...] | None:
     """The shape of ``count`` parameters of one shape as the kernels take them; None if it takes more than a view."""
     sample = x[1:] if constant else x[2:]
-    rank = len(sample)
-    if len(shape) == 1 and rank >= 1:  # of the first dimension after the batch
-        shape = (*shape, *[1] * (rank - 1))
-    shape = shape or (1,) * rank
-    if len(shape) != rank or any(size not in (1, full) for size, full in zip(shape, sample, strict=True)):
-        return None
-    varying = sum(size != 1 for size in shape)
-    return (count, 1, *shape) if varying <= 1 or shape == sample else None
+    aligned = _align(shape, sample, None)
+    varying = sum(size != 1 for size in aligned or ())
+    return (count, *aligned) if aligned and (varying <= 1 or aligned[1:] == sample) else None
 
 
 def _names(call: Call, given: Mapping[str, Any]) -> tuple[str, ...]:
@@ -485,7 +486,8 @@ def _call_fused(
     lengths also ``[T*B, ...]``. The potential is that of one step, with its dimension of time. What is not asked for
     may be None."""
     compiling = torch.compiler.is_compiling()
-    transformed = compiling or autograd.transforms()
+    # The eager operators have no fake kernels.
+    transformed = compiling or autograd.transforms() or type(x) not in PLAIN_TENSORS or x.is_meta
     if initial is not None:
         initial = initial.to(ops.state_dtype(x.dtype))
     rows: list[Tensor] | tuple[Tensor, ...] = ()

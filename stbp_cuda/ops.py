@@ -38,8 +38,6 @@ neunorm_lif_backward = torch.ops.stbp_cuda.neunorm_lif_backward.default
 # The same, without what costs time: csrc/torch/schema.cpp.
 eager_neuron_forward = torch.ops.stbp_cuda._neuron_forward.default
 eager_neuron_backward = torch.ops.stbp_cuda._neuron_backward.default
-eager_neunorm_lif_forward = torch.ops.stbp_cuda._neunorm_lif_forward.default
-eager_neunorm_lif_backward = torch.ops.stbp_cuda._neunorm_lif_backward.default
 # What the eager operators of neurons are asked for, the bits of one number; Asked in csrc/torch/neuron_op.h.
 TIME_SECOND, CONSTANT, POTENTIALS, OUTPUT, FINAL, STATES, GRAD_INITIAL, GRAD_PARAMETERS = 1, 2, 4, 16, 32, 64, 128, 256
 
@@ -218,32 +216,6 @@ def _fake_neuron_backward(
     )
 
 
-def _asked(found: tuple[Tensor, ...], asked: int, *bits: int) -> tuple[Tensor | None, ...]:
-    return tuple(tensor if asked & bit else None for tensor, bit in zip(found, bits, strict=True))
-
-
-def _fake_eager_neuron_forward(
-    x: Tensor,
-    initial: Tensor | None,
-    parameters: Tensor | None,
-    lengths: Tensor | None,
-    steps: int,
-    neuron: str,
-    asked: int,
-) -> tuple[Tensor | None, ...]:
-    call = (steps, asked & TIME_SECOND, bool(asked & CONSTANT), neuron, None, asked // POTENTIALS & 3)
-    found = _fake_neuron_forward(x, initial, parameters, lengths, *call, True, True, True)
-    kept = STATES if steps > chunk(x.device.type) else 0
-    return _asked(found, asked, OUTPUT, FINAL, 3 * POTENTIALS, kept)
-
-
-def _fake_eager_neuron_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    *tensors, steps, neuron, asked = args
-    call = (steps, asked & TIME_SECOND, bool(asked & CONSTANT), neuron, None, asked // POTENTIALS & 3, True, True)
-    grad_x, *found = _fake_neuron_backward(*(*tensors, *call))
-    return grad_x, *_asked(tuple(found), asked, GRAD_INITIAL, GRAD_PARAMETERS)
-
-
 def _features_innermost(x: Tensor, last: int) -> bool:
     """Whether the kernels take ``x``, whose ``last`` last dimensions are features and space, as channels_last."""
     return not x.is_contiguous() and x.movedim(-last, -1).is_contiguous()
@@ -305,19 +277,11 @@ def _fake_neunorm_lif_backward(
     )
 
 
-def _without_numbers(fake: Callable[..., Any], place: int, *more: Any) -> Callable[..., Any]:
-    return lambda *args: fake(*args[:place], None, *args[place:], *more)
-
-
 _FAKES: dict[str, Callable[..., Any]] = {
     "neuron_forward": _fake_neuron_forward,
     "neuron_backward": _fake_neuron_backward,
     "neunorm_lif_forward": _fake_neunorm_lif_forward,
     "neunorm_lif_backward": _fake_neunorm_lif_backward,
-    "_neuron_forward": _fake_eager_neuron_forward,
-    "_neuron_backward": _fake_eager_neuron_backward,
-    "_neunorm_lif_forward": _without_numbers(_fake_neunorm_lif_forward, 5, True),
-    "_neunorm_lif_backward": _without_numbers(_fake_neunorm_lif_backward, 9),
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"stbp_cuda::{_name}", _fake)

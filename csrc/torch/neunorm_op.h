@@ -183,23 +183,4 @@ std::tuple<Tensor, Tensor, Tensor> neunorm_lif_backward(const Tensor& grad_norma
   return {grad_x, with_strides(grad_weight, contiguous_strides(shape.own)), grad_decays};
 }
 
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> eager_neunorm_lif_forward(const Tensor& x, const Tensor& weight,
-                                                                     const std::optional<Tensor>& decays, int64_t steps,
-                                                                     std::string neuron, double norm_decay,
-                                                                     bool squared) {
-  return neunorm_lif_forward<Device>(x, weight, decays, steps, std::move(neuron), {}, norm_decay, squared, true);
-}
-
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor> eager_neunorm_lif_backward(const Tensor& grad_normalised, const Tensor& x,
-                                                              const Tensor& weight, const std::optional<Tensor>& decays,
-                                                              const Tensor& sums, const Tensor& maps,
-                                                              const Tensor& states, int64_t steps, std::string neuron,
-                                                              double norm_decay, bool squared,
-                                                              bool return_grad_decays) {
-  return neunorm_lif_backward<Device>(grad_normalised, x, weight, decays, sums, maps, states, steps, std::move(neuron),
-                                      {}, norm_decay, squared, return_grad_decays);
-}
-
 }  // namespace stbp

@@ -123,8 +123,8 @@ class NeuronCall {
     int64_t inner = 1;  // those within the only one that is here
     for (size_t d : order) {
       const int64_t size = sizes.size() == 2 ? 1 : sizes[d];
-      check(size == 1 || size == shape.sizes[d], "parameters must broadcast to a sample of x, got ",
-            ShapeText(sizes), " for x of shape ", ShapeText(shape.sizes));
+      check(size == 1 || size == shape.sizes[d], "parameters must broadcast to a sample of x, got ", ShapeText(sizes),
+            " for x of shape ", ShapeText(shape.sizes));
       if (size == 1) {
         inner *= shared == 0 ? shape.sizes[d] : 1;
         continue;
