@@ -484,7 +484,7 @@ def _call_fused(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The kernels, on ``x [T, B, ...]`` or ``[B, T, ...]``, or ``[B, ...]`` of all steps; without parameters and
     lengths also ``[T*B, ...]``. The potential is that of one step, with its dimension of time. What is not asked for
-    may be None."""
+    is None."""
     compiling = torch.compiler.is_compiling()
     # The eager operators have no fake kernels.
     transformed = compiling or autograd.transforms() or type(x) not in PLAIN_TENSORS or x.is_meta
@@ -508,7 +508,8 @@ def _call_fused(
             found = autograd.TransformableNeuron.apply(
                 *tensors, steps, time_dim, constant, call.text, None, which, return_output, return_final, False
             )
-        return found[0], found[1], found[2]
+        wanted = (return_output, return_final, which)
+        return tuple(result if asked else None for result, asked in zip(found, wanted, strict=False))  # type: ignore[return-value]
     asked = time_dim + ops.CONSTANT * constant + ops.POTENTIALS * which
     asked += ops.OUTPUT * return_output + ops.FINAL * return_final
     if torch.is_grad_enabled() and (
