@@ -54,8 +54,8 @@ def registered() -> Callable[..., Tensor]:
 
     @torch.library.custom_op("stbp_cuda_bench::lif", mutates_args=())
     def lif(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        spikes, _, states = ops.eager_neuron_forward(x, None, steps, 0, NEURON, False, True)
-        return spikes, states
+        spikes, _, _, states = ops.eager_neuron_forward(x, None, None, None, steps, NEURON, ASKED)
+        return spikes, x.new_empty(0) if states is None else states
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, ctx.steps = inputs
@@ -64,13 +64,15 @@ def registered() -> Callable[..., Tensor]:
 
     def backward(ctx: Any, grad_spikes: Tensor, grad_states: None) -> tuple[Tensor, None]:
         x, states = ctx.saved_tensors
-        return ops.eager_neuron_backward(grad_spikes, None, x, None, states, ctx.steps, 0, NEURON, False)[0], None
+        saved = (x, None, None, None, states)
+        return ops.eager_neuron_backward(grad_spikes, None, None, *saved, ctx.steps, NEURON, 0)[0], None
 
     lif.register_autograd(backward, setup_context=setup_context)
     return lambda x, steps: lif(x, steps)[0]
 
 
 NEURON = LIF(decay=0.5).text()
+ASKED = ops.OUTPUT + ops.STATES
 
 
 def both_ways(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> None:
@@ -91,17 +93,16 @@ def contestants(steps: int, neurons: int, device: torch.device) -> dict[str, dic
     plain = x.detach()
     layer = stbp_cuda.LIFLayer(0.5, 0.75, backend="fused")
     call = engine.check_call(LIF(decay=0.5), None, 0, "fused")
-    states = ops.eager_neuron_forward(plain, None, steps, 0, NEURON, False, True)[2]
+    call_of_function = (steps, NEURON, ops.OUTPUT, None)
+    states = ops.eager_neuron_forward(plain, None, None, None, steps, NEURON, ASKED)[3]
     way = functools.partial(both_ways, x=x, grad=grad)
     return {
         "forward and backward": {
             "x * 2": lambda: way(lambda x: x * 2),
             BASE: lambda: way(Times2.apply),
             "LIFLayer": lambda: way(layer),
-            "its autograd.Function": lambda: way(
-                lambda x: autograd.FusedNeuron.apply(x, None, (steps, 0, NEURON, False)),
-            ),
-            "with once_differentiable": lambda: way(lambda x: Decorated.apply(x, None, (steps, 0, NEURON, False))),
+            "its autograd.Function": lambda: way(lambda x: autograd.FusedNeuron.apply(x, None, None, call_of_function)),
+            "with once_differentiable": lambda: way(lambda x: Decorated.apply(x, None, None, call_of_function)),
             "with register_autograd": functools.partial(way, functools.partial(registered(), steps=steps)),
             **{
                 rival.label: functools.partial(way, rival.layer(device))
@@ -110,14 +111,14 @@ def contestants(steps: int, neurons: int, device: torch.device) -> dict[str, dic
             },
         },
         "parts": {
-            "operator, forward": lambda: ops.eager_neuron_forward(plain, None, steps, 0, NEURON, False, True),
+            "operator, forward": lambda: ops.eager_neuron_forward(plain, None, None, None, steps, NEURON, ASKED),
             "public operator, forward": lambda: ops.neuron_forward(
                 plain, None, None, None, steps, 0, False, NEURON, None, 0, True, False, True
             ),
             "operator, backward": lambda: ops.eager_neuron_backward(
-                grad, None, plain, None, states, steps, 0, NEURON, False
+                grad, None, None, plain, None, None, None, states, steps, NEURON, 0
             ),
-            "autograd.Function, forward": lambda: autograd.FusedNeuron.apply(x, None, (steps, 0, NEURON, False)),
+            "autograd.Function, forward": lambda: autograd.FusedNeuron.apply(x, None, None, call_of_function),
             "checks of x, and the Function": lambda: engine.run(x, call),
             "LIFLayer, forward": lambda: layer(x),
             "functional.lif, forward": lambda: functional.lif(x, backend="fused"),

@@ -1,8 +1,8 @@
 """The gradients of the operators, and what the transforms of torch beside autograd make of them.
 
-The stable ABI has no autograd. An eager call of a plain neuron takes the shortest way: :class:`FusedNeuron`, over
-operators without any registration. ``torch.func`` takes only functions that come in more pieces, each of which costs
-time: TransformableNeuron, which is also for all other calls, and the gradient of the public operators. A compiler sees
+The stable ABI has no autograd. An eager call takes the shortest way: :class:`FusedNeuron`, over operators without any
+registration. ``torch.func`` takes only functions that come in more pieces, each of which costs time:
+TransformableNeuron, which is also the gradient of the public operators. A compiler sees
 ``torch.ops.stbp_cuda.neuron``, whose numbers may change from call to call, and traces it down to them.
 """
 
@@ -18,14 +18,21 @@ from torch.autograd import forward_ad
 
 from .neurons import refuse_forward_ad
 from .ops import (
-    eager_neunorm_lif_backward,
-    eager_neunorm_lif_forward,
+    CONSTANT,
+    FINAL,
+    GRAD_INITIAL,
+    GRAD_PARAMETERS,
+    OUTPUT,
+    POTENTIALS,
+    STATES,
+    TIME_SECOND,
     eager_neuron_backward,
     eager_neuron_forward,
     neunorm_lif_backward,
     neunorm_lif_forward,
     neuron_backward,
     neuron_forward,
+    state_dtype,
 )
 
 __all__ = ["FusedNeuNormLIF", "FusedNeuron", "TransformableNeuNormLIF", "TransformableNeuron", "transforms"]
@@ -34,6 +41,9 @@ __all__ = ["FusedNeuNormLIF", "FusedNeuron", "TransformableNeuNormLIF", "Transfo
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _torch_func_is_active = torch._C._are_functorch_transforms_active
 _count_modes = torch._C._len_torch_dispatch_stack
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # of torch.autograd.grad(is_grads_batched=True)
+
+OTHERS = FINAL | 3 * POTENTIALS  # what a neuron is asked for beside its output
 
 
 def transforms() -> bool:
@@ -60,47 +70,75 @@ def _refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
     )
 
 
-class FusedNeuron(torch.autograd.Function):
-    """The fused forward and backward passes of a plain neuron as one differentiable function.
+def stack(rows: list[Tensor] | tuple[Tensor, ...], size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Parameters that are alike as the kernels take them, ``[P, 1 or T, ...]``."""
+    stacked = torch.stack(rows)
+    if stacked.dtype is not dtype:  # to() takes longer
+        stacked = stacked.float() if dtype is torch.float32 else stacked.double()
+    return stacked.view(size)
 
-    Each argument and each result costs a microsecond on the way there and back, so that there are as few as can be.
+
+class FusedNeuron(torch.autograd.Function):
+    """The fused forward and backward passes of a neuron as one differentiable function.
+
+    Each argument, each result and each other function around this one costs a microsecond on the way there and back:
+    there are as few as can be, and parameters are stacked within.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, initial: Tensor | None, call: tuple[int, int, str, bool]
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Args: those of the operator; ``call`` is (steps, time_dim, neuron, return_final).
+        ctx: Any,
+        x: Tensor,
+        initial: Tensor | None,
+        lengths: Tensor | None,
+        call: tuple[int, str, int, Sequence[int] | None],
+        *rows: Tensor,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Args: those of the operator; ``call`` is (steps, neuron, asked, size); ``rows`` are the parameters, one by
+        one where there is a ``size`` of all of them, else as one tensor.
 
-        Returns the output, and the final state if asked for.
+        Returns what is asked for, in the order of the operator.
         """
-        output: Tensor
-        output, final_state, states = eager_neuron_forward(x, initial, *call, True)
-        ctx.save_for_backward(x, initial, states)
+        steps, neuron, asked, size = call
+        parameters = None
+        if rows:
+            parameters = rows[0] if size is None else stack(rows, size, state_dtype(x.dtype))
+        *outputs, states = eager_neuron_forward(x, initial, parameters, lengths, steps, neuron, asked | STATES)
+        ctx.save_for_backward(x, initial, parameters, lengths, states)
         ctx.call = call
-        if not call[3]:
-            return output
+        if size is not None:
+            ctx.shape = rows[0].shape
+        if asked & OTHERS == 0:
+            return outputs[0]  # type: ignore[no-any-return]
         ctx.set_materialize_grads(False)
-        return output, final_state
+        return tuple(output for output in outputs if output is not None)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Returns dL/dx and dL/d(initial state)."""
-        x, initial, states = _saved(ctx, "x or initial_potential")
-        steps, time_dim, neuron, _ = ctx.call
-        wants_initial = initial is not None and ctx.needs_input_grad[1]
-        if grad_output is None:
-            grad_output = torch.zeros_like(x)
-        if torch.is_grad_enabled() or transforms():  # create_graph=True, or many gradients by vmap
-            call = (steps, time_dim, False, neuron, None, 0, wants_initial, False)
-            grad_x, grad_initial, _ = NeuronGradient.apply(
-                grad_output, grad_final, None, x, initial, None, None, states, *call
-            )
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Returns dL/dx, dL/d(initial state), and those of the rows."""
+        saved = _saved(ctx, "x, a parameter or initial_potential")
+        steps, neuron, asked, size = ctx.call
+        _, wants_initial, _, _, *wanted = ctx.needs_input_grad
+        wants_parameters = True in wanted
+        batched = True in [grad is not None and _is_batched(grad) for grad in grads]
+        if asked & OTHERS:
+            left = iter(grads)
+            grads = tuple(next(left) if asked & bits else None for bits in (OUTPUT, FINAL, 3 * POTENTIALS))
         else:
-            grad_x, grad_initial = eager_neuron_backward(
-                grad_output, grad_final, x, initial, states, steps, time_dim, neuron, wants_initial
-            )
-        return grad_x, grad_initial if wants_initial else None, None
+            grads = (*grads, None, None)
+        if batched or torch.is_grad_enabled() or transforms():  # or create_graph=True
+            call = (steps, asked & TIME_SECOND, bool(asked & CONSTANT), neuron, None, asked // POTENTIALS & 3)
+            found = NeuronGradient.apply(*grads, *saved, *call, wants_initial, wants_parameters)
+        else:
+            asked += GRAD_INITIAL * wants_initial + GRAD_PARAMETERS * wants_parameters
+            found = eager_neuron_backward(*grads, *saved, steps, neuron, asked)
+        grad_x, grad_initial, grad = found
+        of_rows: Sequence[Tensor | None] = ()
+        if wants_parameters and size is not None:
+            of_rows = grad.view(len(wanted), *ctx.shape).unbind()
+        elif wanted:
+            of_rows = (grad if wants_parameters else None,) * len(wanted)
+        return grad_x, grad_initial if wants_initial else None, None, None, *of_rows
 
 
 class NeuronGradient(torch.autograd.Function):
@@ -157,7 +195,7 @@ class TransformableNeuron(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *saved, numbers = _saved(ctx, "x, initial_potential or a parameter")
+        *saved, numbers = _saved(ctx, "x, a parameter or initial_potential")
         asked = (grad if returned else None for grad, returned in zip(grads, ctx.returns, strict=False))
         wants_initial = saved[1] is not None and ctx.needs_input_grad[1]
         wants_parameters = saved[2] is not None and ctx.needs_input_grad[2]
@@ -186,7 +224,9 @@ class FusedNeuNormLIF(torch.autograd.Function):
         """Args: those of the operator; ``call`` is (steps, neuron, norm_decay, squared)."""
         kept: tuple[Tensor, ...]
         normalised: Tensor
-        normalised, *kept = eager_neunorm_lif_forward(x, weight, decays, *call)
+        steps, neuron, *norm = call
+        with _below_autograd():
+            normalised, *kept = neunorm_lif_forward(x, weight, decays, steps, neuron, None, *norm, True)
         ctx.save_for_backward(x, weight, decays, *kept)
         ctx.call = call
         return normalised
@@ -196,11 +236,12 @@ class FusedNeuNormLIF(torch.autograd.Function):
         """Returns dL/dx, dL/dweight and dL/ddecays."""
         saved = _saved(ctx, "x, weight or a decay")
         wants_decays = saved[2] is not None and ctx.needs_input_grad[2]
+        steps, neuron, *norm = ctx.call
+        call = (steps, neuron, None, *norm, wants_decays)
         if torch.is_grad_enabled() or transforms():
-            steps, neuron, *norm = ctx.call
-            gradients = NeuNormLIFGradient.apply(grad_normalised, *saved, steps, neuron, None, *norm, wants_decays)
+            gradients = NeuNormLIFGradient.apply(grad_normalised, *saved, *call)
         else:
-            gradients = eager_neunorm_lif_backward(grad_normalised, *saved, *ctx.call, wants_decays)
+            gradients = NeuNormLIFGradient.forward(grad_normalised, *saved, *call)
         return *gradients[:2], gradients[2] if wants_decays else None, None
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,29 @@ from .checks import check_integer, check_number, plain
 from .neurons import Neuron
 from .tracing import jit_trace, refuse_trace
 
-__all__ = ["BACKENDS", "DTYPES", "POTENTIALS", "Call", "check_call", "check_input", "check_steps", "run", "use_fused"]
+__all__ = [
+    "AFFINE",
+    "BACKENDS",
+    "DTYPES",
+    "POTENTIALS",
+    "Call",
+    "check_call",
+    "check_input",
+    "check_steps",
+    "kept",
+    "run",
+    "use_fused",
+]
 
 BACKENDS = ("auto", "fused", "reference")
 POTENTIALS = ("before_reset", "after_reset")
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+AFFINE = {"scale": 1.0, "shift": 0.0}  # the parameters of the current
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _warned: set[str] = set()
 _with_kernels: set[torch.device] = set()  # devices that were asked, beside the CPU
+_kept: dict[Any, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,10 @@ def check_call(neuron: Neuron, steps: object, time_dim: object, backend: str) ->
     return Call(neuron, text, None if steps is None else check_steps(steps), dim, backend, has_kernel)
 
 
+def _no_dimension(time_dim: int, rank: int) -> ValueError:
+    return ValueError(f"time_dim must be a dimension of x with its time, from {-rank} to {rank - 1}, got {time_dim}")
+
+
 def check_input(x: Tensor, steps: int | None, name: str = "x", time_dim: int = 0) -> int:
     """Raise if x does not fit; return the number of steps."""
     if not isinstance(x, Tensor):
@@ -68,6 +88,8 @@ def check_input(x: Tensor, steps: int | None, name: str = "x", time_dim: int = 0
         raise ValueError(
             f"{name} must have a time dimension, [T, ...] or with steps=T [T*B, ...], got a tensor of shape ()"
         )
+    if time_dim >= x.dim():
+        raise _no_dimension(time_dim, x.dim())
     entries = x.shape[time_dim]
     if steps is None:
         if entries == 0:
@@ -152,26 +174,31 @@ def _check_lengths(lengths: Any, x: Tensor, batch: int, steps: int) -> Tensor:
     return lengths.to(torch.int64)
 
 
+def _align(shape: tuple[int, ...], sample: tuple[int, ...], steps: int | None) -> tuple[int, ...] | None:
+    """A parameter's shape as [1 or steps, *sample], or with 1 in place of sizes of the sample; None if it does not fit.
+    One that may not differ in time has no ``steps``."""
+    rank = len(sample)
+    if len(shape) == 1 and rank >= 1:  # of the first dimension after the batch
+        shape = (*shape, *[1] * (rank - 1))
+    shape = shape or (1,) * rank
+    if len(shape) == rank:
+        shape = (1, *shape)
+    elif steps is None:
+        return None
+    fits = len(shape) == rank + 1 and shape[0] in (1, steps)
+    return shape if fits and all(size in (1, full) for size, full in zip(shape[1:], sample, strict=True)) else None
+
+
 def _aligned_shape(name: str, value: Tensor, x: Tensor, sample: tuple[int, ...], steps: int) -> tuple[int, ...]:
     """The shape of a parameter as [1 or T, *sample], or with 1 in place of sizes of the sample."""
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a number or a tensor of a floating dtype, got {value.dtype}")
     if value.device != x.device and value.dim() > 0:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
-    rank = len(sample)
-    in_time = name in ("scale", "shift")
-    shape: tuple[int, ...] | None = None
-    if value.dim() == 0:
-        shape = (1,) * (rank + 1)
-    elif value.dim() == 1 and rank >= 1:  # of the first dimension after the batch
-        shape = (1, value.shape[0], *[1] * (rank - 1))
-    elif value.dim() == rank:
-        shape = (1, *value.shape)
-    elif value.dim() == rank + 1 and in_time:
-        shape = tuple(value.shape)
-    fits = shape is not None and shape[0] in (1, steps)
-    if fits and all(size in (1, full) for size, full in zip(shape[1:], sample, strict=True)):  # type: ignore[index]
-        return shape  # type: ignore[return-value]
+    in_time = name in AFFINE
+    shape = _align(tuple(value.shape), sample, steps if in_time else None)
+    if shape is not None:
+        return shape
     first = f", [{sample[0]}] of its first dimension" if sample else ""
     also = f", or with a row for each step, ({steps}, ...)" if in_time else ""
     raise ValueError(
@@ -179,31 +206,90 @@ def _aligned_shape(name: str, value: Tensor, x: Tensor, sample: tuple[int, ...],
     )
 
 
-def _stacked(call: Call, given: Mapping[str, Any], x: Tensor, sample: tuple[int, ...], steps: int) -> Tensor | None:
-    """Parameters as the kernels take them, [P, 1 or T, ...]; None if none is given."""
-    if not given:
-        return None
+def kept(make: Callable[..., Any], *args: Any, device: torch.device) -> Any:
+    """What ``make(*args, device=device)`` returns, new tensors, kept for the next call. Not where they belong to what
+    looks on: a compiler, a transform or a graph of CUDA."""
+    if torch.compiler.is_compiling() or autograd.transforms():
+        return make(*args, device=device)
+    key = (make, args, device)
+    found = _kept.get(key)
+    if found is None:
+        found = make(*args, device=device)
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return found
+            torch.cuda.current_stream(device).synchronize()  # once: another stream may be next to use it
+        if len(_kept) >= 1000:  # someone changes a number in every step
+            _kept.clear()
+        _kept[key] = found
+    return found
+
+
+def _number(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, value, dtype=dtype, device=device)
+
+
+@functools.lru_cache
+def _size(count: int, shape: tuple[int, ...], x: tuple[int, ...], constant: bool) -> tuple[int, ...] | None:
+    """The shape of ``count`` parameters of one shape as the kernels take them; None if it takes more than a view."""
+    sample = x[1:] if constant else x[2:]
+    aligned = _align(shape, sample, None)
+    varying = sum(size != 1 for size in aligned or ())
+    return (count, *aligned) if aligned and (varying <= 1 or aligned[1:] == sample) else None
+
+
+def _names(call: Call, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parameters that the kernels take, in their order."""
+    own = call.neuron.parameters
+    return (*own, *AFFINE) if "scale" in given or "shift" in given else own
+
+
+def _alike(
+    call: Call, given: Mapping[str, Any], x: Tensor, constant: bool
+) -> tuple[list[Tensor], Sequence[int] | None]:
+    """The parameters as tensors of one shape, and the shape of all of them stacked, as :func:`autograd.stack` takes
+    them; no shape if they differ in shape, dtype or device, which takes more time."""
+    device, dtype = x.device, None
+    exact = ops.state_dtype(x.dtype)
+    shape: tuple[int, ...] = ()
+    for value in given.values():
+        if isinstance(value, Tensor):
+            shape, dtype = value.shape, value.dtype
+            exact = dtype if dtype is torch.float64 else exact
+            break
+    found = []
+    for name in _names(call, given):
+        row = given.get(name)
+        if row is None:
+            row = AFFINE[name] if name in AFFINE else getattr(call.neuron, name)
+        if not isinstance(row, Tensor):
+            row = kept(_number, shape, row, exact, device=device)
+        elif row.dtype is not dtype or row.shape != shape or row.device != device:
+            return [], None
+        found.append(row)
+    known = dtype is None or dtype.is_floating_point
+    return found, _size(len(found), shape, x.shape, constant) if known else None
+
+
+def _stacked(call: Call, given: Mapping[str, Any], x: Tensor, sample: tuple[int, ...], steps: int) -> Tensor:
+    """Parameters as the kernels take them, [P, 1 or T, ...], checked; by functions that autograd and compilers see."""
     state = ops.state_dtype(x.dtype)
-    names = call.neuron.parameters
-    if "scale" in given or "shift" in given:
-        names = (*names, "scale", "shift")
-    defaults = {"scale": 1.0, "shift": 0.0}
-    rows: list[Tensor] = []
+    found: list[Tensor] = []
     aligned: list[tuple[int, ...]] = []
-    for name in names:
-        value: Any = given[name] if name in given else defaults.get(name, getattr(call.neuron, name, None))
+    for name in _names(call, given):
+        value: Any = given[name] if name in given else getattr(call.neuron, name, AFFINE.get(name))
         if not isinstance(value, Tensor):
             if torch.compiler.is_compiling():  # only as a factor of a tensor is a number not fixed
                 value = torch.ones((), dtype=torch.float64, device=x.device) * value
             else:
-                value = torch.as_tensor(value, dtype=state, device=x.device)
+                value = _number((), value, state, x.device)
         aligned.append(_aligned_shape(name, value, x, sample, steps))
-        rows.append(value.to(x.device, state))
-    if all(row.shape == rows[0].shape for row in rows):
-        stacked = torch.stack(rows).reshape(len(rows), *aligned[0])
+        found.append(value.to(x.device, state))
+    if all(row.shape == found[0].shape for row in found):
+        stacked = torch.stack(found).reshape(len(found), *aligned[0])
     else:
-        rows = [row.reshape(shape) for row, shape in zip(rows, aligned, strict=True)]
-        stacked = torch.stack(torch.broadcast_tensors(*rows))  # type: ignore[no-untyped-call]
+        found = [row.reshape(shape) for row, shape in zip(found, aligned, strict=True)]
+        stacked = torch.stack(torch.broadcast_tensors(*found))  # type: ignore[no-untyped-call]
     # The kernels take one dimension of a sample or all.
     varying = [d for d in range(2, stacked.dim()) if stacked.shape[d] != 1]
     if len(varying) > 1:
@@ -253,73 +339,41 @@ def run(
     """
     if jit_trace() is not None:
         refuse_trace(call.backend)
-    # The conditions in the order of their cost: a small layer waits for them.
-    is_plain = not (given or constant or last or call.time_dim) and lengths is None and return_potentials is None
-    if is_plain and (call.steps is not None or not isinstance(x, Tensor) or x.dim() < 2 or not _is_expanded(x, 0)):
-        return _run_plain(x, call, initial_potential, return_potential)
-    return _run_general(
-        x, call, initial_potential, return_potential, given or {}, lengths, constant, return_potentials, last
-    )
+    if return_potentials is not None and return_potentials not in POTENTIALS:
+        accepted = ", ".join(POTENTIALS)
+        raise ValueError(f"return_potentials must be None or one of {accepted}, got {return_potentials!r}")
+    which = 0 if return_potentials is None else POTENTIALS.index(return_potentials) + 1
+    time_dim, folded = call.time_dim, call.steps is not None
+    # What the kernels take as it is, first: a small layer waits for the rest.
+    if not constant and lengths is None and (time_dim == 0 or (time_dim == 1 and not folded)):
+        steps = check_input(x, call.steps, "x", time_dim)
+        expanded = not x.stride()[time_dim] and _is_expanded(x, time_dim)
+        if x.dim() > 1 and not (folded and given) and not expanded and use_fused(x, call):
+            if initial_potential is not None:
+                batch = (x.shape[0] // steps,) if folded else x.shape[:time_dim]
+                initial_potential = _initial_potential(initial_potential, x, (*batch, *x.shape[time_dim + 1 :]))
+                if not folded:
+                    initial_potential = initial_potential.unsqueeze(time_dim)
+            output, potential, potentials = _call_fused(
+                x,
+                call,
+                initial_potential,
+                given,
+                None,
+                steps,
+                time_dim,
+                False,
+                which,
+                not last,
+                return_potential or last,
+            )
+            if potential is not None and not folded:
+                potential = potential.squeeze(time_dim)
+            return _results(x, output, potential, potentials, return_potential, which, last)
+    return _run_shaped(x, call, initial_potential, return_potential, given or {}, lengths, constant, which, last)
 
 
-def _run_plain(x: Tensor, call: Call, initial: Any, return_potential: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """Time is the first dimension, and all is in the neuron: the shortest way."""
-    steps = check_input(x, call.steps)
-    folded = call.steps is not None
-    if initial is not None:
-        shape = (x.shape[0] // steps, *x.shape[1:]) if folded else tuple(x.shape[1:])
-        initial = _initial_potential(initial, x, shape)
-
-    output: Tensor
-    potential: Tensor
-    if not use_fused(x, call):
-        unfolded = x.reshape(steps, x.shape[0] // steps, *x.shape[1:]) if folded else x
-        output, potential, _ = reference.run(call.neuron, unfolded, initial, {})
-        output = output.flatten(0, 1) if folded else output
-        return (output, potential) if return_potential else output
-
-    if initial is not None:
-        initial = initial.to(ops.state_dtype(x.dtype))
-        if not folded:
-            initial = initial.unsqueeze(0)
-    if torch.compiler.is_compiling():
-        output, potential, _ = _traced(x, call, initial, None, None, steps, 0, False, 0, True, return_potential)
-    elif autograd.transforms():
-        output, potential, *_ = autograd.TransformableNeuron.apply(
-            x, initial, None, None, steps, 0, False, call.text, None, 0, True, return_potential, False
-        )
-    elif torch.is_grad_enabled() and (x.requires_grad or (initial is not None and initial.requires_grad)):
-        result: Tensor | tuple[Tensor, Tensor]
-        result = autograd.FusedNeuron.apply(x, initial, (steps, 0, call.text, return_potential))
-        if not return_potential:
-            return result
-        output, potential = result
-    else:
-        output, potential, _ = ops.eager_neuron_forward(x, initial, steps, 0, call.text, return_potential, False)
-    if not return_potential:
-        return output
-    return output, potential if folded else potential.squeeze(0)
-
-
-def _traced(
-    x: Tensor,
-    call: Call,
-    initial: Tensor | None,
-    parameters: Tensor | None,
-    lengths: Tensor | None,
-    steps: int,
-    time_dim: int,
-    constant: bool,
-    *asked: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    numbers, kind = call.neuron.split()
-    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.stbp_cuda.neuron(
-        x, initial, parameters, lengths, steps, time_dim, constant, numbers, kind, *asked, ops.VERSION
-    )
-    return outputs
-
-
-def _run_general(
+def _run_shaped(
     x: Tensor,
     call: Call,
     initial: Any,
@@ -327,12 +381,10 @@ def _run_general(
     given: Mapping[str, Any],
     lengths: Any,
     constant: bool,
-    return_potentials: str | None,
+    which: int,
     last: bool,
 ) -> Any:
-    if return_potentials is not None and return_potentials not in POTENTIALS:
-        accepted = ", ".join(POTENTIALS)
-        raise ValueError(f"return_potentials must be None or one of {accepted}, got {return_potentials!r}")
+    """:func:`run` in the general case: ``x`` is brought into a shape that the kernels or the reference take."""
     time_dim = call.time_dim
     if constant:
         if call.steps is None:
@@ -346,7 +398,7 @@ def _run_general(
         if folded and time_dim != 0:
             raise ValueError(f"steps is for time in the first dimension, and time_dim is {time_dim}")
     if isinstance(x, Tensor) and not -rank <= time_dim < max(rank, 1):
-        raise ValueError(f"time_dim must be a dimension of x with its time, from {-rank} to {rank - 1}, got {time_dim}")
+        raise _no_dimension(time_dim, rank)
     time_dim %= max(rank, 1)
     if not constant:
         steps = check_input(x, call.steps, time_dim=time_dim)
@@ -363,7 +415,8 @@ def _run_general(
 
     # The kernels want time before or behind the batch.
     moved = time_dim
-    if time_dim > 1 or (time_dim == 1 and not use_fused(x, call)):
+    fused = use_fused(x, call)
+    if time_dim > 1 or (time_dim == 1 and not fused):
         x, time_dim = (x if constant else x.movedim(time_dim, 0)), 0
     no_batch = len(step_shape) == 0  # a compiler cannot tell of a tuple
     if no_batch:
@@ -372,60 +425,104 @@ def _run_general(
     elif not constant and _is_expanded(x, time_dim):
         x, constant = x.select(time_dim, 0), True
 
-    outputs = _call_general(
-        x, call, initial, given, lengths, steps, time_dim, constant, return_potential, return_potentials, last
-    )
-    output, potential, potentials = outputs
+    output: Tensor | None
+    potential: Tensor | None
+    potentials: Tensor | None
+    if fused:
+        initial = None if initial is None else initial.unsqueeze(time_dim)
+        output, potential, potentials = _call_fused(
+            x, call, initial, given, lengths, steps, time_dim, constant, which, not last, return_potential or last
+        )
+        potential = None if potential is None else potential.squeeze(time_dim)
+    else:
+        repeated = x.expand(steps, *x.shape) if constant else x
+        output, potential, potentials = _reference(repeated, call, given, initial, lengths, which == 2)
 
-    def as_given(tensor: Tensor) -> Tensor:
+    def as_given(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
         if no_batch:
             tensor = tensor.squeeze(1)
         if folded:
             return tensor.flatten(0, 1)
         return tensor if moved == time_dim else tensor.movedim(0, moved)
 
-    potential = potential.squeeze(0) if no_batch else potential
-    results = [potential.to(x.dtype) if last else as_given(output)]
-    if return_potential:
-        results.append(potential)
-    if return_potentials is not None:
-        results.append(as_given(potentials))
-    return tuple(results) if len(results) > 1 else results[0]
+    if no_batch and potential is not None:
+        potential = potential.squeeze(0)
+    return _results(x, as_given(output), potential, as_given(potentials), return_potential, which, last)
 
 
-def _call_general(
+def _results(
+    x: Tensor,
+    output: Tensor | None,
+    potential: Tensor | None,
+    potentials: Tensor | None,
+    return_potential: bool,
+    which: int,
+    last: bool,
+) -> Any:
+    """What was asked for, as :func:`run` returns it."""
+    output = potential.to(x.dtype) if last else output  # type: ignore[union-attr]
+    if not return_potential and not which:
+        return output
+    more = ([potential] if return_potential else []) + ([potentials] if which else [])
+    return output, *more
+
+
+def _call_fused(
     x: Tensor,
     call: Call,
     initial: Tensor | None,
-    given: Mapping[str, Any],
+    given: Mapping[str, Any] | None,
     lengths: Tensor | None,
     steps: int,
     time_dim: int,
     constant: bool,
-    return_potential: bool,
-    return_potentials: str | None,
-    last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``x [T, B, ...]`` or ``[B, T, ...]``, or ``[B, ...]`` of all steps; the potential in the shape of a step."""
-    if not use_fused(x, call):
-        repeated = x.expand(steps, *x.shape) if constant else x
-        return _reference(repeated, call, given, initial, lengths, return_potentials == "after_reset")
-    sample = tuple(x.shape[1:]) if constant else tuple(x.shape[2:])
-    parameters = _stacked(call, given, x, sample, steps)
+    which: int,
+    return_output: bool,
+    return_final: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The kernels, on ``x [T, B, ...]`` or ``[B, T, ...]``, or ``[B, ...]`` of all steps; without parameters and
+    lengths also ``[T*B, ...]``. The potential is that of one step, with its dimension of time. What is not asked for
+    is None."""
+    compiling = torch.compiler.is_compiling()
+    # The eager operators have no fake kernels.
+    transformed = compiling or autograd.transforms() or type(x) not in PLAIN_TENSORS or x.is_meta
     if initial is not None:
-        initial = initial.to(ops.state_dtype(x.dtype)).unsqueeze(time_dim)
-    which = 0 if return_potentials is None else POTENTIALS.index(return_potentials) + 1
-    return_final = return_potential or last
-    if torch.compiler.is_compiling():
-        output, potential, potentials = _traced(
-            x, call, initial, parameters, lengths, steps, time_dim, constant, which, not last, return_final
-        )
-    else:
-        arguments = (x, initial, parameters, lengths, steps, time_dim, constant, call.text, None)
-        needs_gradient = autograd.transforms() or (
-            torch.is_grad_enabled()
-            and any(tensor is not None and tensor.requires_grad for tensor in (x, initial, parameters))
-        )
-        function = autograd.TransformableNeuron.apply if needs_gradient else ops.neuron_forward
-        output, potential, potentials, _ = function(*arguments, which, not last, return_final, False)
-    return output, potential.squeeze(time_dim) if return_final else potential, potentials
+        initial = initial.to(ops.state_dtype(x.dtype))
+    rows: list[Tensor] | tuple[Tensor, ...] = ()
+    size = None
+    if given:
+        if not transformed:
+            rows, size = _alike(call, given, x, constant)
+        if size is None:
+            rows = (_stacked(call, given, x, tuple(x.shape[1:] if constant else x.shape[2:]), steps),)
+    if transformed:
+        tensors = (x, initial, rows[0] if rows else None, lengths)
+        if compiling:
+            numbers, kind = call.neuron.split()
+            found = torch.ops.stbp_cuda.neuron(
+                *tensors, steps, time_dim, constant, numbers, kind, which, return_output, return_final, ops.VERSION
+            )
+        else:
+            found = autograd.TransformableNeuron.apply(
+                *tensors, steps, time_dim, constant, call.text, None, which, return_output, return_final, False
+            )
+        wanted = (return_output, return_final, which)
+        return tuple(result if asked else None for result, asked in zip(found, wanted, strict=False))  # type: ignore[return-value]
+    asked = time_dim + ops.CONSTANT * constant + ops.POTENTIALS * which
+    asked += ops.OUTPUT * return_output + ops.FINAL * return_final
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (initial is not None and initial.requires_grad)
+        or True in [row.requires_grad for row in rows]
+    ):
+        found = autograd.FusedNeuron.apply(x, initial, lengths, (steps, call.text, asked, size), *rows)
+        if not return_final and not which:
+            return found, None, None
+        left = iter(found)
+        return tuple(next(left) if asked else None for asked in (return_output, return_final, which))  # type: ignore[return-value]
+    parameters = None
+    if rows:
+        parameters = rows[0] if size is None else autograd.stack(rows, size, ops.state_dtype(x.dtype))
+    return ops.eager_neuron_forward(x, initial, parameters, lengths, steps, call.text, asked)[:3]  # type: ignore[no-any-return]

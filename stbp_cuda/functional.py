@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import autograd, ops, reference
 from .checks import check_flag, check_fraction, check_number, plain
-from .engine import Call, check_call, check_input, check_steps, run, use_fused
+from .engine import AFFINE, Call, check_call, check_input, check_steps, run, use_fused
 from .neurons import LI, LIF, Neuron
 from .other_libraries import unexpected_keyword
 from .surrogate import SURROGATES, MultiGaussian, Surrogate
@@ -27,8 +27,8 @@ Backend = Literal["auto", "fused", "reference"]
 Potentials = Literal["before_reset", "after_reset"]
 
 
-def _make_call(kind: type[Neuron], steps: Any, time_dim: Any, backend: str, **fields: Any) -> Call:
-    return check_call(kind(**fields), steps, time_dim, backend)
+def _make_call(kind: type[Neuron], names: tuple[str, ...], steps: Any, time_dim: Any, backend: str, *of: Any) -> Call:
+    return check_call(kind(**dict(zip(names, of, strict=True))), steps, time_dim, backend)
 
 
 _known = functools.lru_cache(typed=True)(_make_call)
@@ -38,15 +38,18 @@ _IMMUTABLE = {bool, int, float, str, type(None), *SURROGATES.values()}
 def make_call(kind: type[Neuron], *where: Any, **fields: Any) -> Call:
     """A neuron with its options checked; what was found right before is not checked again, as it would take half of a
     call."""
-    if torch.compiler.is_compiling() or not _IMMUTABLE.issuperset(map(type, (*where, *fields.values()))):
-        return _make_call(kind, *where, **fields)
-    return _known(kind, *where, **fields)  # type: ignore[arg-type]
+    options = (*where, *fields.values())
+    if torch.compiler.is_compiling() or not _IMMUTABLE.issuperset(map(type, options)):
+        return _make_call(kind, tuple(fields), *options)
+    return _known(kind, tuple(fields), *options)  # type: ignore[arg-type]
 
 
 def _plain_or_tensor(value: Any) -> Any:
     """A tensor stays one in a compiled graph, which cannot hold for another number of it; so does a parameter, be it
     frozen or not."""
-    kept = isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and torch.compiler.is_compiling())
+    kept = isinstance(value, Tensor) and (
+        value.dim() or torch.compiler.is_compiling() or isinstance(value, nn.Parameter)
+    )
     return value if kept else plain(value)
 
 
@@ -55,11 +58,16 @@ def split_tensors(kind: type[Neuron], fields: dict[str, Any], scale: Any, shift:
     they are not 1 and 0. What is left of a parameter is its default, with which the others are checked."""
     given: dict[str, Any] = {}
     for name in kind.parameters:
+        if type(fields[name]) is float:
+            continue
         value = _plain_or_tensor(fields[name])
         if isinstance(value, Tensor):
             given[name] = value
             del fields[name]
-    for name, value, neutral in (("scale", _plain_or_tensor(scale), 1), ("shift", _plain_or_tensor(shift), 0)):
+    for (name, neutral), value in zip(AFFINE.items(), (scale, shift), strict=True):
+        if type(value) is float and value == neutral:
+            continue
+        value = _plain_or_tensor(value)
         if isinstance(value, Tensor) or check_number(name, value) != neutral:
             given[name] = value
     if kind is LIF and given:

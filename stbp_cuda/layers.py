@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .checks import check_flag, check_number, check_sizes, plain
-from .engine import BACKENDS, Call, check_steps, run
+from .engine import AFFINE, BACKENDS, Call, check_steps, kept, run
 from .neurons import LI, LIF, RESETS, Neuron
 from .other_libraries import unexpected_keyword
 from .surrogate import Surrogate, resolve_surrogate
@@ -92,6 +92,22 @@ _RANGES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], float]]] 
 }
 
 
+def _tensor(module: Any, name: str) -> Tensor:
+    """``getattr(module, name)``, in less time where it is a parameter or a buffer."""
+    value: Tensor | None = module._parameters.get(name)
+    if value is None:
+        value = module._buffers.get(name)
+    return getattr(module, name) if value is None else value
+
+
+def _of_start(name: str, start: float, least: float, shape: Sequence[int], device: torch.device) -> tuple[Any, ...]:
+    """Where a learned parameter starts on its range's function, the function there, ``start``, and the range's ends."""
+    function, inverse = _RANGES[name]
+    at = torch.full(shape, inverse(start - least), dtype=torch.float64, device=device)
+    ends = (0, 1) if name == "decay" else (float(np.nextafter(np.float32(least), np.float32(np.inf))), None)
+    return at, function(at), torch.full_like(at, start), ends
+
+
 class NeuronLayer(ConstantsLayer):
     """The base of the layers of neurons: options as attributes, checked when they are set, and parameters that may be
     tensors or learned.
@@ -114,7 +130,7 @@ class NeuronLayer(ConstantsLayer):
         self._names = {name: _RENAMED.get(name, name) for name in options}  # of options, and of their attributes
         for name, value in options.items():
             setattr(self, self._names[name], value)
-        accepted = (*self.kind.parameters, "scale", "shift")
+        accepted = (*self.kind.parameters, *AFFINE)
         if not isinstance(learn, Iterable):
             raise TypeError(f"learn must hold names of {', '.join(accepted)}, got {learn!r}")
         learn = (learn,) if isinstance(learn, str) else tuple(learn)
@@ -135,6 +151,7 @@ class NeuronLayer(ConstantsLayer):
             self._modules["learned"] = nn.ParameterDict(
                 {name: torch.full(sizes, 0.0 if name in _RANGES else start) for name, start in starts.items()}
             )
+            self._learns, self._is_fixed = learn, False
 
     @property
     def learned(self) -> Mapping[str, nn.Parameter]:
@@ -152,28 +169,24 @@ class NeuronLayer(ConstantsLayer):
             raise ValueError(f"decay must lie between 0 and 1 where it is learned, got {value}")
         return float(value)
 
-    def _value(self, name: str, parameter: Tensor) -> Tensor:
+    def _value(self, name: str, parameter: Tensor) -> Any:
         """A learned parameter in its range: the parameter is 0 at its start, and moves along the range's function."""
         if name not in _RANGES:
             return parameter
-        function, inverse = _RANGES[name]
+        function, _ = _RANGES[name]
         start, least = self._start(name), 0.0
         if name == "v_threshold":
             least = 0.0 if getattr(self, "reset_mode", "hard") == "soft" else float(self.v_reset)  # type: ignore[arg-type]
-        at = torch.full_like(parameter, inverse(start - least), dtype=torch.float64)
         # Exactly `start` at 0, in every dtype.
-        value = start + (function(at + parameter) - function(at))
-        if name == "decay":
-            return value.clamp(0, 1)
-        return value.clamp(min=float(np.nextafter(np.float32(least), np.float32(np.inf))))
+        at, before, first, ends = kept(_of_start, name, start, least, parameter.shape, device=parameter.device)
+        value = first + (function(at + parameter) - before)
+        return value.clamp(*ends)
 
     def values(self) -> dict[str, Tensor]:
         """The parameters that are tensors or learned, as the kernels get them."""
-        found = {name: self._value(name, parameter) for name, parameter in self.learned.items()}
-        for name in (*self.kind.parameters, "scale", "shift"):
-            value = getattr(self, name, None)
-            if isinstance(value, Tensor) and name not in found:
-                found[name] = value
+        found = {name: _tensor(self, name) for name in self._tensors}
+        for name in self._learns:
+            found[name] = self._value(name, _tensor(self._modules["learned"], name))
         return found
 
     def _options(self) -> dict[str, Any]:
@@ -185,7 +198,10 @@ class NeuronLayer(ConstantsLayer):
         fields = {name: options[name] for name in self.kind.__dataclass_fields__ if name in options}
         given = functional.split_tensors(self.kind, fields, options.get("scale", 1.0), options.get("shift", 0.0))
         self._given = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
-        self._has_tensors = len(self._given) < len(given)
+        self._tensors = tuple(
+            name for name in (*self.kind.parameters, *AFFINE) if isinstance(options.get(name), Tensor)
+        )
+        self._is_fixed = not (self._tensors or self._learns_by_itself or self._learns)
         return functional.make_call(self.kind, *where, **fields)
 
     def _checked(self) -> Call:
@@ -193,7 +209,7 @@ class NeuronLayer(ConstantsLayer):
         return self._call or self._check()
 
     def _parameters_given(self) -> dict[str, Any]:
-        if not (self._has_tensors or self._learns_by_itself or "learned" in self._modules):  # first, as each call asks
+        if self._is_fixed:
             return self._given
         given = {**self._given, **self.values()}
         # A soft reset subtracts the threshold, unless it is told what.
@@ -221,7 +237,7 @@ class NeuronLayer(ConstantsLayer):
         value = value if isinstance(value, nn.Parameter) else plain(value)
         if name == "surrogate":
             value = resolve_surrogate(value) if "_call" not in self.__dict__ else value
-        buffered = name in (*self.kind.parameters, "scale", "shift") and not isinstance(value, nn.Parameter)
+        buffered = name in (*self.kind.parameters, *AFFINE) and not isinstance(value, nn.Parameter)
         if buffered and isinstance(value, Tensor) and name not in self._buffers:
             self.__dict__.pop(name, None)
             self._parameters.pop(name, None)
@@ -239,6 +255,7 @@ class NeuronLayer(ConstantsLayer):
 
     _more_options: ClassVar[tuple[str, ...]] = ()  # attributes of a subclass that are checked, too
     _learns_by_itself: ClassVar[bool] = False  # whether a subclass adds to values()
+    _learns: tuple[str, ...] = ()
 
     def extra_repr(self) -> str:
         shown = []
@@ -423,7 +440,7 @@ class PLIFLayer(LIFLayer):
 
     def values(self) -> dict[str, Tensor]:
         k = self.w.double().sigmoid()
-        return {**super().values(), "decay": 1 - k, "scale": k}
+        return {**super().values(), "decay": torch.rsub(k, 1), "scale": k}  # 1 - k, which takes longer
 
     def _constants(self) -> dict[str, Any]:
         return {option: value for option, value in super()._constants().items() if option not in ("decay", "scale")}

@@ -38,8 +38,8 @@ neunorm_lif_backward = torch.ops.stbp_cuda.neunorm_lif_backward.default
 # The same, without what costs time: csrc/torch/schema.cpp.
 eager_neuron_forward = torch.ops.stbp_cuda._neuron_forward.default
 eager_neuron_backward = torch.ops.stbp_cuda._neuron_backward.default
-eager_neunorm_lif_forward = torch.ops.stbp_cuda._neunorm_lif_forward.default
-eager_neunorm_lif_backward = torch.ops.stbp_cuda._neunorm_lif_backward.default
+# What the eager operators of neurons are asked for, the bits of one number; Asked in csrc/torch/neuron_op.h.
+TIME_SECOND, CONSTANT, POTENTIALS, OUTPUT, FINAL, STATES, GRAD_INITIAL, GRAD_PARAMETERS = 1, 2, 4, 16, 32, 64, 128, 256
 
 
 VERSION = importlib.metadata.version("stbp_cuda")
@@ -180,12 +180,12 @@ def _fake_neuron_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     state = state_dtype(x.dtype)
     shape = _InputShape(x, steps, time_dim, constant, parameters is not None or lengths is not None)
-    saved = (steps - 1) // chunk(x.device.type) if save_states else 0
+    saved = (steps - 1) // chunk(x.device.type)
     return (
         shape.empty(steps, x.dtype) if return_output else x.new_empty(0),
         shape.empty(1, state) if return_final else x.new_empty(0, dtype=state),
         shape.empty(steps, state) if potentials else x.new_empty(0, dtype=state),
-        shape.empty(saved, state),
+        shape.empty(saved, state) if save_states else x.new_empty(0, dtype=state),
     )
 
 
@@ -197,7 +197,7 @@ def _fake_neuron_backward(
     initial: Tensor | None,
     parameters: Tensor | None,
     lengths: Tensor | None,
-    states: Tensor,
+    states: Tensor | None,
     steps: int,
     time_dim: int,
     constant: bool,
@@ -214,29 +214,6 @@ def _fake_neuron_backward(
         shape.empty(1, state) if return_grad_initial else x.new_empty(0, dtype=state),
         x.new_empty(parameters.shape if return_grad_parameters and parameters is not None else 0, dtype=state),
     )
-
-
-def _fake_eager_neuron_forward(
-    x: Tensor, initial: Tensor | None, steps: int, time_dim: int, neuron: str, return_final: bool, save_states: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = (x, initial, None, None, steps, time_dim, False, neuron, None, 0, True, return_final, save_states)
-    output, final, _, states = _fake_neuron_forward(*call)
-    return output, final, states
-
-
-def _fake_eager_neuron_backward(
-    grad_output: Tensor,
-    grad_final: Tensor | None,
-    x: Tensor,
-    initial: Tensor | None,
-    states: Tensor,
-    steps: int,
-    time_dim: int,
-    neuron: str,
-    return_grad_initial: bool,
-) -> tuple[Tensor, Tensor]:
-    call = (None, None, states, steps, time_dim, False, neuron, None, 0, return_grad_initial, False)
-    return _fake_neuron_backward(grad_output, grad_final, None, x, initial, *call)[:2]
 
 
 def _features_innermost(x: Tensor, last: int) -> bool:
@@ -300,19 +277,11 @@ def _fake_neunorm_lif_backward(
     )
 
 
-def _without_numbers(fake: Callable[..., Any], place: int, *more: Any) -> Callable[..., Any]:
-    return lambda *args: fake(*args[:place], None, *args[place:], *more)
-
-
 _FAKES: dict[str, Callable[..., Any]] = {
     "neuron_forward": _fake_neuron_forward,
     "neuron_backward": _fake_neuron_backward,
     "neunorm_lif_forward": _fake_neunorm_lif_forward,
     "neunorm_lif_backward": _fake_neunorm_lif_backward,
-    "_neuron_forward": _fake_eager_neuron_forward,
-    "_neuron_backward": _fake_eager_neuron_backward,
-    "_neunorm_lif_forward": _without_numbers(_fake_neunorm_lif_forward, 5, True),
-    "_neunorm_lif_backward": _without_numbers(_fake_neunorm_lif_backward, 9),
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"stbp_cuda::{_name}", _fake)

@@ -33,13 +33,17 @@ void check(bool condition, const Part&... parts) {
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape_string(const std::vector<int64_t>& sizes) {
-  std::ostringstream text;
-  text << '(';
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
-  text << (sizes.size() == 1 ? ",)" : ")");
-  return text.str();
-}
+// A shape in a message; written only where there is one.
+struct ShapeText {
+  const std::vector<int64_t>& sizes;
+
+  explicit ShapeText(const std::vector<int64_t>& of) : sizes(of) {}
+  friend std::ostream& operator<<(std::ostream& text, const ShapeText& shape) {
+    text << '(';
+    for (size_t i = 0; i < shape.sizes.size(); ++i) text << (i ? ", " : "") << shape.sizes[i];
+    return text << (shape.sizes.size() == 1 ? ",)" : ")");
+  }
+};
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
@@ -75,14 +79,14 @@ struct InputShape {
     check(steps >= 1, "steps must be at least 1, got ", steps);
     if (constant_) {
       check(int64_t(sizes.size()) >= time_dim, "x must have at least ", time_dim, " dimensions, got ",
-            shape_string(sizes));
+            ShapeText(sizes));
       sizes.insert(sizes.begin() + time_dim, steps);
       strides_.insert(strides_.begin() + time_dim, 0);
     }
-    check(int64_t(sizes.size()) > time_dim, "x must have a time dimension, got shape ", shape_string(sizes));
+    check(int64_t(sizes.size()) > time_dim, "x must have a time dimension, got shape ", ShapeText(sizes));
     check(time_dim == 0 ? sizes[0] % steps == 0 : sizes[1] == steps,
           time_dim == 0 ? "the first dimension of x must be a multiple of steps = " : "x must be [B, T, ...] with T = ",
-          steps, ", got x of shape ", shape_string(sizes));
+          steps, ", got x of shape ", ShapeText(sizes));
     neurons_ = 1;
     for (int64_t size : sizes) neurons_ *= size;
     neurons_ /= steps;
@@ -208,8 +212,8 @@ inline Tensor with_strides(const Tensor& tensor, const std::vector<int64_t>& str
 // Checks a tensor that must go with x, and gives it a memory order.
 inline Tensor matching(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType type,
                        const std::vector<int64_t>& strides, const Tensor& x) {
-  check(sizes_of(tensor) == sizes, name, " must have shape ", shape_string(sizes), ", got ",
-        shape_string(sizes_of(tensor)));
+  const std::vector<int64_t> own = sizes_of(tensor);
+  check(own == sizes, name, " must have shape ", ShapeText(sizes), ", got ", ShapeText(own));
   check(tensor.scalar_type() == type, name, " must have the dtype that goes with x's");
   check(tensor.device() == x.device(), name, " must be on the device of x");
   return with_strides(tensor, strides);
@@ -217,6 +221,9 @@ inline Tensor matching(const char* name, const Tensor& tensor, const std::vector
 
 // Stands for an output that was not asked for.
 inline Tensor no_output(ScalarType type, const Tensor& x) { return empty_with({0}, {1}, type, x); }
+inline Tensor or_empty(const std::optional<Tensor>& output, ScalarType type, const Tensor& x) {
+  return output ? *output : no_output(type, x);
+}
 
 template <class T>
 const T* input_pointer(const std::optional<Tensor>& tensor) {
@@ -224,8 +231,8 @@ const T* input_pointer(const std::optional<Tensor>& tensor) {
 }
 
 template <class T>
-T* output_pointer(const Tensor& tensor) {
-  return tensor.numel() > 0 ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+T* output_pointer(const std::optional<Tensor>& tensor) {
+  return tensor && tensor->numel() > 0 ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
 }
 
 template <class Run>

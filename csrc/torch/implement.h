@@ -16,8 +16,6 @@ void implement(Library& m) {
   m.impl("neunorm_lif_backward", TORCH_BOX(&neunorm_lif_backward<Device>));
   m.impl("_neuron_forward", TORCH_BOX(&eager_neuron_forward<Device>));
   m.impl("_neuron_backward", TORCH_BOX(&eager_neuron_backward<Device>));
-  m.impl("_neunorm_lif_forward", TORCH_BOX(&eager_neunorm_lif_forward<Device>));
-  m.impl("_neunorm_lif_backward", TORCH_BOX(&eager_neunorm_lif_backward<Device>));
 }
 
 }  // namespace stbp

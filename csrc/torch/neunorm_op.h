@@ -31,15 +31,15 @@ struct NeuNormShape {
     check(steps >= 1, "steps must be at least 1, got ", steps);
     check(!own.empty(), "weight must have shape (C, ...), got ()");
     check(sizes.size() > own.size() && std::equal(own.begin(), own.end(), sizes.end() - int64_t(own.size())),
-          "x must end in the shape of weight, ", shape_string(own), ", got ", shape_string(sizes));
+          "x must end in the shape of weight, ", ShapeText(own), ", got ", ShapeText(sizes));
     features = own[0];
     positions = 1;
     for (size_t d = 1; d < own.size(); ++d) positions *= own[d];
-    check(features > 0, "weight must have at least one feature, got ", shape_string(own));
+    check(features > 0, "weight must have at least one feature, got ", ShapeText(own));
     int64_t samples = 1;
     for (size_t d = 0; d < sizes.size() - own.size(); ++d) samples *= sizes[d];
     check(samples % steps == 0, "the first dimensions of x must hold a multiple of steps = ", steps,
-          " samples, got x of shape ", shape_string(sizes));
+          " samples, got x of shape ", ShapeText(sizes));
     batch = samples / steps;
     channels_last = !has_strides(x, contiguous_strides(sizes)) && has_strides(x, features_innermost(sizes, own.size()));
   }
@@ -181,25 +181,6 @@ std::tuple<Tensor, Tensor, Tensor> neunorm_lif_backward(const Tensor& grad_norma
   if (return_grad_decays)
     grad_decays = torch::stable::sum(grad_decays, torch::headeronly::IntHeaderOnlyArrayRef(over_parts));
   return {grad_x, with_strides(grad_weight, contiguous_strides(shape.own)), grad_decays};
-}
-
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> eager_neunorm_lif_forward(const Tensor& x, const Tensor& weight,
-                                                                     const std::optional<Tensor>& decays, int64_t steps,
-                                                                     std::string neuron, double norm_decay,
-                                                                     bool squared) {
-  return neunorm_lif_forward<Device>(x, weight, decays, steps, std::move(neuron), {}, norm_decay, squared, true);
-}
-
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor> eager_neunorm_lif_backward(const Tensor& grad_normalised, const Tensor& x,
-                                                              const Tensor& weight, const std::optional<Tensor>& decays,
-                                                              const Tensor& sums, const Tensor& maps,
-                                                              const Tensor& states, int64_t steps, std::string neuron,
-                                                              double norm_decay, bool squared,
-                                                              bool return_grad_decays) {
-  return neunorm_lif_backward<Device>(grad_normalised, x, weight, decays, sums, maps, states, steps, std::move(neuron),
-                                      {}, norm_decay, squared, return_grad_decays);
 }
 
 }  // namespace stbp

@@ -18,19 +18,29 @@
 
 namespace stbp {
 
-// What is the same in the forward and the backward pass of a call.
+// What both passes of a call are given.
+struct NeuronInputs {
+  const Tensor& x;
+  const std::optional<Tensor>&initial, &parameters, &lengths;
+  int64_t steps, time_dim;
+  bool constant;
+  const std::string& neuron;
+  const std::optional<Tensor>& numbers;
+  int64_t potentials;  // of all steps: 0 none, 1 before the reset, 2 after it
+};
+
+// The same, checked.
 class NeuronCall {
  public:
-  NeuronCall(const Tensor& x, const std::optional<Tensor>& initial, const std::optional<Tensor>& parameters,
-             const std::optional<Tensor>& lengths, int64_t steps, int64_t time_dim, bool constant,
-             const std::string& neuron, const std::optional<Tensor>& numbers, int64_t potentials)
-      : options(neuron_options(neuron, numbers, x)),
-        shape(x, steps, time_dim, constant),
-        type(x.scalar_type()),
+  explicit NeuronCall(const NeuronInputs& of)
+      : options(neuron_options(of.neuron, of.numbers, of.x)),
+        shape(of.x, of.steps, of.time_dim, of.constant),
+        type(of.x.scalar_type()),
         state(state_type(type)),
-        potentials_(potentials),
-        constant_(constant),
-        x_(x) {
+        potentials_(of.potentials),
+        constant_(of.constant),
+        x_(of.x) {
+    const auto& [x, initial, parameters, lengths, steps, time_dim, constant, neuron, numbers, potentials] = of;
     check(potentials >= 0 && potentials <= 2, "potentials must be 0, 1 or 2, got ", potentials);
     if ((lengths || parameters) && !shape.samples_are_apart()) shape.make_contiguous();
     layout = shape.layout();
@@ -39,7 +49,7 @@ class NeuronCall {
     if (parameters) take_parameters(*parameters);
     if (lengths) {
       check(sizes_of(*lengths) == std::vector<int64_t>{shape.batch()}, "lengths must have shape (", shape.batch(),
-            ",), got ", shape_string(sizes_of(*lengths)));
+            ",), got ", ShapeText(sizes_of(*lengths)));
       check(lengths->scalar_type() == ScalarType::Long, "lengths must be of dtype int64");
       check(lengths->device() == x.device(), "lengths must be on the device of x");
       lengths_ = with_strides(*lengths, {1});
@@ -55,9 +65,10 @@ class NeuronCall {
     if (!tensor) return {};
     return fitting(name, *tensor, count, of);
   }
-  // A new one; empty where it is not asked for.
-  Tensor result(int64_t count, ScalarType of, bool asked = true) const {
-    return asked ? empty_with(shape.sizes_for(count), shape.strides_for(count), of, x_) : no_output(of, x_);
+  // A new one, where it is asked for: each takes time.
+  std::optional<Tensor> result(int64_t count, ScalarType of, bool asked = true) const {
+    if (!asked) return {};
+    return empty_with(shape.sizes_for(count), shape.strides_for(count), of, x_);
   }
 
   // The options where the kernels of plain LIF neurons do.
@@ -101,9 +112,9 @@ class NeuronCall {
     check(parameters.device() == x_.device(), "parameters must be on the device of x");
     check(sizes.size() >= 2 && (sizes[0] == own || sizes[0] == own + 2) && (sizes[1] == 1 || sizes[1] == shape.steps),
           "parameters must have shape [", own, " or ", own + 2, ", 1 or ", shape.steps, ", ...], got ",
-          shape_string(sizes));
+          ShapeText(sizes));
     check(sizes.size() == 2 || sizes.size() == shape.sizes.size(),
-          "parameters must have as many dimensions as x with its time, or 2, got ", shape_string(sizes));
+          "parameters must have as many dimensions as x with its time, or 2, got ", ShapeText(sizes));
     affine_ = sizes[0] != own;
     rows_ = sizes[1];
     std::vector<int64_t> strides = contiguous_strides(sizes);
@@ -112,8 +123,8 @@ class NeuronCall {
     int64_t inner = 1;  // those within the only one that is here
     for (size_t d : order) {
       const int64_t size = sizes.size() == 2 ? 1 : sizes[d];
-      check(size == 1 || size == shape.sizes[d], "parameters must broadcast to a sample of x, got ",
-            shape_string(sizes), " for x of shape ", shape_string(shape.sizes));
+      check(size == 1 || size == shape.sizes[d], "parameters must broadcast to a sample of x, got ", ShapeText(sizes),
+            " for x of shape ", ShapeText(shape.sizes));
       if (size == 1) {
         inner *= shared == 0 ? shape.sizes[d] : 1;
         continue;
@@ -123,7 +134,7 @@ class NeuronCall {
       count_ *= size;
     }
     check(shared <= 1 || shared == order.size(),
-          "parameters must vary along one dimension of a sample or along all, got ", shape_string(sizes));
+          "parameters must vary along one dimension of a sample or along all, got ", ShapeText(sizes));
     group_ = count_ == 1 ? 1 : inner;
     strides[1] = count_;
     strides[0] = count_ * rows_;
@@ -138,27 +149,18 @@ class NeuronCall {
   bool affine_ = false;
 };
 
-// The output; the final state; the potentials of all steps, before (potentials 1) or after (2) the reset, or none; the
-// state after every kChunk-th step but the last. Without tensors for what nobody asks for, as each takes time.
+// The output; the final state; the potentials of all steps; the state after every kChunk-th step but the last.
 struct NeuronOutputs {
-  Tensor output, final_state;
-  std::optional<Tensor> potentials;
-  Tensor states;
+  std::optional<Tensor> output, final_state, potentials, states;
 };
 
 template <class Device>
-NeuronOutputs run_forward(const Tensor& x, const std::optional<Tensor>& initial,
-                          const std::optional<Tensor>& parameters, const std::optional<Tensor>& lengths, int64_t steps,
-                          int64_t time_dim, bool constant, const std::string& neuron,
-                          const std::optional<Tensor>& numbers, int64_t potentials, bool return_output,
-                          bool return_final, bool save_states) {
-  const NeuronCall call(x, initial, parameters, lengths, steps, time_dim, constant, neuron, numbers, potentials);
-  const int64_t saved = save_states ? (steps - 1) / Device::kChunk : 0;
-  const Tensor output = call.result(steps, call.type, return_output);
-  const Tensor final_state = call.result(1, call.state, return_final);
-  std::optional<Tensor> all_potentials;
-  if (potentials != 0) all_potentials = call.result(steps, call.state);
-  const Tensor states = call.result(saved, call.state);
+NeuronOutputs run_forward(const NeuronInputs& of, bool return_output, bool return_final, bool save_states) {
+  const NeuronCall call(of);
+  const int64_t saved = (of.steps - 1) / Device::kChunk;
+  NeuronOutputs outputs{call.result(of.steps, call.type, return_output), call.result(1, call.state, return_final),
+                        call.result(of.steps, call.state, of.potentials != 0),
+                        call.result(saved, call.state, save_states)};
   if (call.layout.neurons() > 0) {
     visit_scalar(call.type, [&](auto number) {
       using Scalar = decltype(number);
@@ -166,69 +168,50 @@ NeuronOutputs run_forward(const Tensor& x, const std::optional<Tensor>& initial,
       const NeuronForward<Scalar> io{call.layout,
                                      input_pointer<Scalar>(call.input),
                                      input_pointer<State>(call.initial()),
-                                     output_pointer<Scalar>(output),
-                                     output_pointer<State>(final_state),
-                                     output_pointer<State>(states)};
+                                     output_pointer<Scalar>(outputs.output),
+                                     output_pointer<State>(outputs.final_state),
+                                     output_pointer<State>(outputs.states)};
       const LifOptions* const plain = call.plain();
-      if (plain && return_output) return Device::forward(io, *plain, x.get_device_index());
+      if (plain && return_output) return Device::forward(io, *plain, of.x.get_device_index());
       Extras<State> extras = call.extras<State>();
-      extras.potentials = all_potentials ? output_pointer<State>(*all_potentials) : nullptr;
-      Device::general_forward(io, extras, call.options, x.get_device_index());
+      extras.potentials = output_pointer<State>(outputs.potentials);
+      Device::general_forward(io, extras, call.options, of.x.get_device_index());
     });
   }
-  return {output, final_state, all_potentials, states};
+  return outputs;
 }
 
-// -> all of that; what is not asked for is empty.
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_forward(const Tensor& x, const std::optional<Tensor>& initial,
-                                                          const std::optional<Tensor>& parameters,
-                                                          const std::optional<Tensor>& lengths, int64_t steps,
-                                                          int64_t time_dim, bool constant, std::string neuron,
-                                                          const std::optional<Tensor>& numbers, int64_t potentials,
-                                                          bool return_output, bool return_final, bool save_states) {
-  const NeuronOutputs of = run_forward<Device>(x, initial, parameters, lengths, steps, time_dim, constant, neuron,
-                                               numbers, potentials, return_output, return_final, save_states);
-  return {of.output, of.final_state, of.potentials ? *of.potentials : no_output(state_type(x.scalar_type()), x),
-          of.states};
-}
-
-// dL/dx; dL/d(initial state); dL/dparameters, or none. Where `states` is empty, they are computed anew.
+// dL/dx; dL/d(initial state); dL/dparameters.
 struct NeuronGradients {
-  Tensor grad_x, grad_initial;
-  std::optional<Tensor> grad_parameters;
+  Tensor grad_x;
+  std::optional<Tensor> grad_initial, grad_parameters;
 };
 
+// Where there are no states, they are computed anew.
 template <class Device>
-NeuronGradients run_backward(const std::optional<Tensor>& grad_output, const std::optional<Tensor>& grad_final,
-                             const std::optional<Tensor>& grad_potentials, const Tensor& x,
-                             const std::optional<Tensor>& initial, const std::optional<Tensor>& parameters,
-                             const std::optional<Tensor>& lengths, const Tensor& states, int64_t steps,
-                             int64_t time_dim, bool constant, const std::string& neuron,
-                             const std::optional<Tensor>& numbers, int64_t potentials, bool return_grad_initial,
+NeuronGradients run_backward(const NeuronInputs& of, const std::optional<Tensor>& grad_output,
+                             const std::optional<Tensor>& grad_final, const std::optional<Tensor>& grad_potentials,
+                             const std::optional<Tensor>& states, bool return_grad_initial,
                              bool return_grad_parameters) {
-  const NeuronCall call(x, initial, parameters, lengths, steps, time_dim, constant, neuron, numbers, potentials);
-  check(!grad_potentials || potentials != 0, "grad_potentials needs potentials to be 1 or 2");
-  const std::optional<Tensor> grad = call.fitting("grad_output", grad_output, steps, call.type);
+  const NeuronCall call(of);
+  const Tensor& x = of.x;
+  check(!grad_potentials || of.potentials != 0, "grad_potentials needs potentials to be 1 or 2");
+  const std::optional<Tensor> grad = call.fitting("grad_output", grad_output, of.steps, call.type);
   const std::optional<Tensor> grad_last = call.fitting("grad_final", grad_final, 1, call.state);
-  std::optional<Tensor> grad_all = call.fitting("grad_potentials", grad_potentials, steps, call.state);
+  const std::optional<Tensor> grad_all = call.fitting("grad_potentials", grad_potentials, of.steps, call.state);
   std::optional<Tensor> kept;
-  const int64_t saved = (steps - 1) / Device::kChunk;
-  if (saved) {
-    const bool anew = states.numel() == 0;
-    const Tensor& known = anew ? run_forward<Device>(x, initial, parameters, lengths, steps, time_dim, constant, neuron,
-                                                     numbers, 0, true, false, true)
-                                     .states
-                               : states;
-    kept = call.fitting("states", known, saved, call.state);
+  if (const int64_t saved = (of.steps - 1) / Device::kChunk) {
+    kept = states && states->numel() > 0 ? states : run_forward<Device>(of, true, false, true).states;
+    kept = call.fitting("states", kept, saved, call.state);
   }
-  check(!return_grad_parameters || parameters, "there are no parameters to return the gradient of");
+  check(!return_grad_parameters || of.parameters, "there are no parameters to return the gradient of");
 
-  const Tensor grad_x = empty_with(call.shape.input_sizes(), call.shape.input_strides(), call.type, x);
-  const Tensor grad_initial = call.result(1, call.state, return_grad_initial);
-  std::optional<Tensor> grad_parameters;
+  NeuronGradients gradients{empty_with(call.shape.input_sizes(), call.shape.input_strides(), call.type, x),
+                            call.result(1, call.state, return_grad_initial),
+                            {}};
+  std::optional<Tensor>& grad_parameters = gradients.grad_parameters;
   if (return_grad_parameters)
-    grad_parameters = empty_with(sizes_of(*parameters), strides_of(*call.parameters()), call.state, x);
+    grad_parameters = empty_with(sizes_of(*of.parameters), strides_of(*call.parameters()), call.state, x);
   if (call.layout.neurons() > 0) {
     visit_scalar(call.type, [&](auto number) {
       using Scalar = decltype(number);
@@ -239,15 +222,16 @@ NeuronGradients run_backward(const std::optional<Tensor>& grad_output, const std
                                       input_pointer<State>(kept),
                                       input_pointer<Scalar>(grad),
                                       input_pointer<State>(grad_last),
-                                      output_pointer<Scalar>(grad_x),
-                                      output_pointer<State>(grad_initial)};
+                                      output_pointer<Scalar>(gradients.grad_x),
+                                      output_pointer<State>(gradients.grad_initial)};
       const LifOptions* const plain = call.plain();
       if (plain && grad) return Device::backward(io, *plain, x.get_device_index());
       Extras<State> extras = call.extras<State>();
-      extras.potentials = grad_all ? output_pointer<State>(*grad_all) : nullptr;
-      extras.grad_parameters = grad_parameters ? output_pointer<State>(*grad_parameters) : nullptr;
+      extras.potentials = output_pointer<State>(grad_all);
+      extras.grad_parameters = output_pointer<State>(grad_parameters);
       const int64_t partial = Device::template general_partial<Scalar>(call.layout, extras, call.options);
-      const Tensor sums = empty_with({partial}, {1}, ScalarType::Double, x);
+      const std::optional<Tensor> sums =
+          partial ? empty_with({partial}, {1}, ScalarType::Double, x) : std::optional<Tensor>();
       extras.partial = output_pointer<double>(sums);
       Device::general_backward(io, extras, call.options, x.get_device_index());
     });
@@ -255,43 +239,77 @@ NeuronGradients run_backward(const std::optional<Tensor>& grad_output, const std
     torch::stable::zero_(*grad_parameters);
   }
   if (return_grad_parameters)
-    grad_parameters = with_strides(*grad_parameters, contiguous_strides(sizes_of(*parameters)));
-  return {grad_x, grad_initial, grad_parameters};
+    grad_parameters = with_strides(*grad_parameters, contiguous_strides(sizes_of(*of.parameters)));
+  return gradients;
 }
 
-// -> all of that; what is not asked for is empty.
+// The public operators, whose results are tensors: what is not asked for is empty.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_forward(const Tensor& x, const std::optional<Tensor>& initial,
+                                                          const std::optional<Tensor>& parameters,
+                                                          const std::optional<Tensor>& lengths, int64_t steps,
+                                                          int64_t time_dim, bool constant, std::string neuron,
+                                                          const std::optional<Tensor>& numbers, int64_t potentials,
+                                                          bool return_output, bool return_final, bool save_states) {
+  const NeuronOutputs of =
+      run_forward<Device>({x, initial, parameters, lengths, steps, time_dim, constant, neuron, numbers, potentials},
+                          return_output, return_final, save_states);
+  const ScalarType state = state_type(x.scalar_type());
+  return {or_empty(of.output, x.scalar_type(), x), or_empty(of.final_state, state, x),
+          or_empty(of.potentials, state, x), or_empty(of.states, state, x)};
+}
+
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> neuron_backward(
     const std::optional<Tensor>& grad_output, const std::optional<Tensor>& grad_final,
     const std::optional<Tensor>& grad_potentials, const Tensor& x, const std::optional<Tensor>& initial,
-    const std::optional<Tensor>& parameters, const std::optional<Tensor>& lengths, const Tensor& states, int64_t steps,
-    int64_t time_dim, bool constant, std::string neuron, const std::optional<Tensor>& numbers, int64_t potentials,
-    bool return_grad_initial, bool return_grad_parameters) {
-  const NeuronGradients of = run_backward<Device>(grad_output, grad_final, grad_potentials, x, initial, parameters,
-                                                  lengths, states, steps, time_dim, constant, neuron, numbers,
-                                                  potentials, return_grad_initial, return_grad_parameters);
-  return {of.grad_x, of.grad_initial,
-          of.grad_parameters ? *of.grad_parameters : no_output(state_type(x.scalar_type()), x)};
+    const std::optional<Tensor>& parameters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& states,
+    int64_t steps, int64_t time_dim, bool constant, std::string neuron, const std::optional<Tensor>& numbers,
+    int64_t potentials, bool return_grad_initial, bool return_grad_parameters) {
+  const NeuronGradients of = run_backward<Device>(
+      {x, initial, parameters, lengths, steps, time_dim, constant, neuron, numbers, potentials}, grad_output,
+      grad_final, grad_potentials, states, return_grad_initial, return_grad_parameters);
+  const ScalarType state = state_type(x.scalar_type());
+  return {of.grad_x, or_empty(of.grad_initial, state, x), or_empty(of.grad_parameters, state, x)};
 }
 
-// The two for plain neurons with few arguments, each of which costs time.
+// What is asked of the eager operators: the small arguments of the public ones as the bits of one number, as each
+// argument costs time; ops.py names them.
+struct Asked {
+  int64_t bits;
+
+  int64_t time_dim() const { return bits & 1; }
+  bool constant() const { return bits & 2; }
+  int64_t potentials() const { return bits >> 2 & 3; }
+  bool output() const { return bits & 16; }
+  bool final_state() const { return bits & 32; }
+  bool states() const { return bits & 64; }
+  bool grad_initial() const { return bits & 128; }
+  bool grad_parameters() const { return bits & 256; }
+};
+
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> eager_neuron_forward(const Tensor& x, const std::optional<Tensor>& initial,
-                                                        int64_t steps, int64_t time_dim, std::string neuron,
-                                                        bool return_final, bool save_states) {
-  const NeuronOutputs of =
-      run_forward<Device>(x, initial, {}, {}, steps, time_dim, false, neuron, {}, 0, true, return_final, save_states);
-  return {of.output, of.final_state, of.states};
+std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>
+eager_neuron_forward(const Tensor& x, const std::optional<Tensor>& initial, const std::optional<Tensor>& parameters,
+                     const std::optional<Tensor>& lengths, int64_t steps, std::string neuron, int64_t bits) {
+  const Asked asked{bits};
+  NeuronOutputs of = run_forward<Device>(
+      {x, initial, parameters, lengths, steps, asked.time_dim(), asked.constant(), neuron, {}, asked.potentials()},
+      asked.output(), asked.final_state(), asked.states() && steps > Device::kChunk);
+  return {of.output, of.final_state, of.potentials, of.states};
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> eager_neuron_backward(const Tensor& grad_output, const std::optional<Tensor>& grad_final,
-                                                 const Tensor& x, const std::optional<Tensor>& initial,
-                                                 const Tensor& states, int64_t steps, int64_t time_dim,
-                                                 std::string neuron, bool return_grad_initial) {
-  const NeuronGradients of = run_backward<Device>(grad_output, grad_final, {}, x, initial, {}, {}, states, steps,
-                                                  time_dim, false, neuron, {}, 0, return_grad_initial, false);
-  return {of.grad_x, of.grad_initial};
+std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>> eager_neuron_backward(
+    const std::optional<Tensor>& grad_output, const std::optional<Tensor>& grad_final,
+    const std::optional<Tensor>& grad_potentials, const Tensor& x, const std::optional<Tensor>& initial,
+    const std::optional<Tensor>& parameters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& states,
+    int64_t steps, std::string neuron, int64_t bits) {
+  const Asked asked{bits};
+  const NeuronGradients of = run_backward<Device>(
+      {x, initial, parameters, lengths, steps, asked.time_dim(), asked.constant(), neuron, {}, asked.potentials()},
+      grad_output, grad_final, grad_potentials, states, asked.grad_initial(), asked.grad_parameters());
+  return {of.grad_x, of.grad_initial, of.grad_parameters};
 }
 
 }  // namespace stbp

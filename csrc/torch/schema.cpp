@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(stbp_cuda, m) {
       "bool save_states) -> (Tensor output, Tensor final_state, Tensor potentials, Tensor states)");
   m.def(
       "neuron_backward(Tensor? grad_output, Tensor? grad_final, Tensor? grad_potentials, Tensor x, Tensor? initial, "
-      "Tensor? parameters, Tensor? lengths, Tensor states, SymInt steps, int time_dim, bool constant, str neuron, "
+      "Tensor? parameters, Tensor? lengths, Tensor? states, SymInt steps, int time_dim, bool constant, str neuron, "
       "Tensor? numbers, int potentials, bool return_grad_initial, bool return_grad_parameters) "
       "-> (Tensor grad_x, Tensor grad_initial, Tensor grad_parameters)");
   m.def(
@@ -27,21 +27,15 @@ STABLE_TORCH_LIBRARY(stbp_cuda, m) {
       "Tensor states, SymInt steps, str neuron, Tensor? numbers, float norm_decay, bool squared, "
       "bool return_grad_decays) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_decays)");
 
-  // The same without all that, which costs microseconds: what the package's autograd functions call when nothing but
-  // autograd looks on.
+  // Those of neurons without all that, which costs microseconds: what the package's autograd functions call when
+  // nothing but autograd looks on.
   m.def(
-      "_neuron_forward(Tensor x, Tensor? initial, int steps, int time_dim, str neuron, bool return_final, "
-      "bool save_states) -> (Tensor, Tensor, Tensor)");
+      "_neuron_forward(Tensor x, Tensor? initial, Tensor? parameters, Tensor? lengths, int steps, str neuron, "
+      "int asked) -> (Tensor?, Tensor?, Tensor?, Tensor?)");
   m.def(
-      "_neuron_backward(Tensor grad_output, Tensor? grad_final, Tensor x, Tensor? initial, Tensor states, int steps, "
-      "int time_dim, str neuron, bool return_grad_initial) -> (Tensor, Tensor)");
-  m.def(
-      "_neunorm_lif_forward(Tensor x, Tensor weight, Tensor? decays, int steps, str neuron, float norm_decay, "
-      "bool squared) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "_neunorm_lif_backward(Tensor grad_normalised, Tensor x, Tensor weight, Tensor? decays, Tensor sums, "
-      "Tensor maps, Tensor states, int steps, str neuron, float norm_decay, bool squared, bool return_grad_decays) "
-      "-> (Tensor, Tensor, Tensor)");
+      "_neuron_backward(Tensor? grad_output, Tensor? grad_final, Tensor? grad_potentials, Tensor x, Tensor? initial, "
+      "Tensor? parameters, Tensor? lengths, Tensor? states, int steps, str neuron, int asked) "
+      "-> (Tensor, Tensor?, Tensor?)");
 
   // What compilers trace, implemented in stbp_cuda/autograd.py by the operators above. A Scalar, unlike a float, may be
   // a number that changes from call to call. `kind` is the neuron without its numbers; `version` is the package's, so
