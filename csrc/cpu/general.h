@@ -60,7 +60,7 @@ struct GeneralTile {
 
   STBP_FN int width() const { return lanes.width(); }
   // Of all vectors, and of one more where they are taken in pairs: the last again.
-  STBP_FN void load_state(Value* v, const State* from) const {
+  STBP_FN void load_row(Value* v, const State* from) const {
     for (int i = 0; i < (width() + kPair - 1) / kPair * kPair; ++i) v[i] = from ? get(from, i) : Value{};
   }
   STBP_FN bool by_step() const { return !kLean && rows > 1; }
@@ -122,9 +122,14 @@ struct GeneralTile {
     neuron.template derivatives_of<kUniform>(at, rows->u, sizeof(Row) / sizeof(Value), h[0], kWidth, kSteps,
                                              (width() + kPair - 1) / kPair * kPair);
   }
+  // All vectors of a row.
+  template <class T>
+  STBP_FN void store_row(T* row, const Value* v) const {
+    for (int i = 0; i < width(); ++i) lanes.put(row + lanes.offset(i), narrow(v[i], T()));
+  }
   template <class T>
   STBP_FN void clear(T* row) const {
-    for (int i = 0; i < width(); ++i) lanes.write(row).set(i, Value{});
+    for (int i = 0; i < width(); ++i) lanes.put(row + lanes.offset(i), narrow(Value{}, T()));
   }
 };
 
@@ -154,7 +159,7 @@ template <class Tile, class Scalar>
 STBP_FN void general_forward_scan(const Tile& tile, const NeuronForward<Scalar>& io, int64_t first) {
   constexpr int kChunk = cpu::kChunk, kSteps = Tile::kSteps;
   typename Tile::Value v[Tile::kWidth];
-  load_state(tile.lanes, v, io.initial ? io.initial + first : nullptr);
+  tile.load_row(v, io.initial ? io.initial + first : nullptr);
   const int64_t steps = tile.steps(io.layout, first), inner = io.layout.inner;
   const int64_t saved = (io.layout.steps - 1) / kChunk, states = io.layout.at(first, saved);
   for (int64_t t = 0; t < steps;) {
@@ -165,7 +170,7 @@ STBP_FN void general_forward_scan(const Tile& tile, const NeuronForward<Scalar>&
       general_advance<1>(tile, io, first, t++, v);
     }
     if (io.states && t % kChunk == 0 && t / kChunk <= saved)
-      store_state(tile.lanes, io.states + states + (t / kChunk - 1) * inner, v);
+      tile.store_row(io.states + states + (t / kChunk - 1) * inner, v);
   }
   const int64_t at = io.layout.at(first, io.layout.steps);
   for (int64_t t = steps; t < io.layout.steps; ++t) {
@@ -173,8 +178,8 @@ STBP_FN void general_forward_scan(const Tile& tile, const NeuronForward<Scalar>&
     if (tile.has_potentials()) tile.clear(tile.extras.potentials + at + t * inner);
   }
   for (int64_t row = steps / kChunk; io.states && row < saved; ++row)
-    store_state(tile.lanes, io.states + states + row * inner, v);
-  if (io.final_state) store_state(tile.lanes, io.final_state + first, v);
+    tile.store_row(io.states + states + row * inner, v);
+  if (io.final_state) tile.store_row(io.final_state + first, v);
 }
 
 // The gradients of a tile's parameters: all of them while vectors go back some steps, from begin() to end(), and with
@@ -348,15 +353,13 @@ STBP_FN void general_backward_scan(const Tile& tile, const NeuronBackward<Scalar
   const int64_t inner = io.layout.inner, at = io.layout.at(first, io.layout.steps);
   const int64_t states = io.layout.at(first, (io.layout.steps - 1) / kChunk);
   const int64_t all = tile.steps(io.layout, first);
-  tile.load_state(grad_v, io.grad_final ? io.grad_final + first : nullptr);
-  if (tile.constant()) tile.load_state(grad_sum, nullptr);
+  tile.load_row(grad_v, io.grad_final ? io.grad_final + first : nullptr);
+  if (tile.constant()) tile.load_row(grad_sum, nullptr);
   for (int64_t t = all; t < io.layout.steps && !tile.constant(); ++t) tile.clear(io.grad_x + at + t * inner);
   for (int64_t chunk = (all - 1 + kChunk) / kChunk - 1; chunk >= 0; --chunk) {
     const int64_t start = chunk * kChunk;
     const int steps = int(least(all - start, kChunk));
-    tile.load_state(v, chunk > 0    ? io.states + states + (chunk - 1) * inner
-                       : io.initial ? io.initial + first
-                                    : nullptr);
+    tile.load_row(v, chunk > 0 ? io.states + states + (chunk - 1) * inner : io.initial ? io.initial + first : nullptr);
     int k = 0;
     while (k < steps) {
       if (steps - k >= kSteps) {
@@ -379,10 +382,8 @@ STBP_FN void general_backward_scan(const Tile& tile, const NeuronBackward<Scalar
       }
     }
   }
-  if (tile.constant()) {
-    for (int i = 0; i < tile.width(); ++i) tile.lanes.write(io.grad_x + first).set(i, grad_sum[i]);
-  }
-  if (io.grad_initial) store_state(tile.lanes, io.grad_initial + first, grad_v);
+  if (tile.constant()) tile.store_row(io.grad_x + first, grad_sum);
+  if (io.grad_initial) tile.store_row(io.grad_initial + first, grad_v);
 }
 
 // The last tile of a row takes what would be less than a vector of any instruction set.
