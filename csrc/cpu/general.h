@@ -1,9 +1,10 @@
 // The CPU kernels of any neuron with all that few need: parameters as arrays, an affine current, samples of different
 // lengths, a constant current, potentials as an output.
 //
-// The neurons are cut into tiles that begin at the same entry of the parameters again and again, once for every sample
-// or few neighbours. A task is one such place with some of its tiles: it lays the parameters beside each neuron of a
-// tile once, and adds up their gradients over its tiles.
+// Where many neighbours have the same parameters, tiles lie within them, and parameters and their gradients stay in
+// registers. Elsewhere tiles begin at the same entry of the parameters again and again, once for every sample or few
+// neighbours: a task is one such place with some of its tiles. It lays the parameters beside each neuron of a tile
+// once, and adds up their gradients there. GeneralPlan chooses.
 #pragma once
 
 #include <type_traits>
