@@ -195,31 +195,6 @@ struct SoftReset : AnyReset {
   }
 };
 
-// The state that goes to the next step has leaked already.
-struct DelayedReset : SoftReset {
-  template <class State>
-  static STBP_FN bool delayed(const LifConstants<State>&) {
-    return true;
-  }
-  template <class State, class Parameters, class V>
-  static STBP_FN V charge(const LifConstants<State>&, const Parameters&, V v, V current) {
-    return v + current;
-  }
-  template <class State, class Parameters, class V, class Fired>
-  static STBP_FN V apply(Heaviside, const LifConstants<State>&, const Parameters& p, V u, Fired fired) {
-    const V leaked = p.decay * u;
-    return Math<V>::choose(fired, leaked - p.subtract, leaked);
-  }
-  template <class State, class Parameters, class V, class Fired>
-  static STBP_FN V grad_potential(Heaviside, const LifConstants<State>&, const Parameters& p, Fired, V grad_v) {
-    return grad_v * p.decay;
-  }
-  template <class State, class Parameters, class V>
-  static STBP_FN V leak(const LifConstants<State>&, const Parameters&, V grad_u) {
-    return grad_u;
-  }
-};
-
 // One of the two, chosen while a kernel runs, for devices where that costs less than to compile each kernel twice, and
 // for neurons with parameters of their own, which may also have a delayed reset. Masks choose, of all bits or none, for
 // what looks like a condition becomes jumps, and loads do not cross these.
